@@ -1,0 +1,3 @@
+"""lazyimg: start virtual machines on Glance images that have not been downloaded."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The process behind the mount: FUSE adapter, upper folder, holder, wiring.  Owner of pyfuse3."""

@@ -1,0 +1,1 @@
+"""The embedded Glance-compatible server and the small guest of `lazyimg demo`."""

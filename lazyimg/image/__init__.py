@@ -1,0 +1,1 @@
+"""One image as guests see it: what is present is read, what is absent is fetched."""

@@ -1,0 +1,1 @@
+"""The chunk cache on disk: chunk files and the index that says what of them is present."""
