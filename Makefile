@@ -1,0 +1,96 @@
+# Two commands on a fresh Debian 12 machine do everything: `make demo` and `make test`.
+# Only python3 (3.11 or later) and make need to be there; the rest is installed when it is missing.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+# Where the virtual environment lives, and what is installed in it: `editable` is the tree itself, `wheel` the
+# wheel built from it.  CI sets both, so that it tests what a user would install.
+VENV ?= .venv
+INSTALL ?= editable
+BUILD_DIR := .cache/wheel
+
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+APT_GET := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qy -o Acquire::Retries=3
+
+# pyfuse3 is compiled against libfuse; qemu and e2fsprogs serve the demo and the tests; systemd brings
+# systemd-analyze, which judges our unit.
+APT_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv \
+	qemu-utils qemu-system-x86 e2fsprogs kmod cpio systemd
+# The peers and servers that the benchmarks compare with.
+APT_PACKAGES_BENCH := nginx libnginx-mod-http-lua nbdkit nbdkit-plugin-dev python3-libnbd rclone fio \
+	iproute2 libfuse3-dev curl
+
+LAZYIMG := $(VENV)/bin/lazyimg
+PYTEST := $(VENV)/bin/pytest
+SOURCES := $(shell find lazyimg -name '*.py')
+
+.PHONY: setup demo test check format wheel bench-setup clean apt python
+
+setup: $(VENV)/.stamp-$(INSTALL)
+
+demo: setup
+	$(LAZYIMG) demo
+
+# The real Glance and Keystone have a virtual environment of their own: their dependencies are not ours.
+test: setup
+	$(VENV)/bin/python tests/glance/setup_real.py
+	$(PYTEST)
+
+check: setup
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+format: setup
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+wheel: $(VENV)/bin/python
+	rm -rf $(BUILD_DIR) build
+	$(VENV)/bin/pip wheel -q --no-deps --wheel-dir $(BUILD_DIR) .
+
+bench-setup: setup
+	@$(call apt_install,$(APT_PACKAGES_BENCH))
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find lazyimg tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ── how setup gets there ──
+
+# $(call apt_install,PACKAGES): installs those that are missing; the package lists are read only if one is.
+define apt_install
+command -v dpkg-query apt-get >/dev/null || { echo "not Debian: lazyimg needs what these packages hold: $(1)"; exit 0; }; \
+missing=; \
+for package in $(1); do \
+    [ "$$(dpkg-query -W -f '$${db:Status-Status}' $$package 2>/dev/null)" = installed ] \
+        || missing="$$missing $$package"; \
+done; \
+if [ -n "$$missing" ]; then \
+    echo "installing$$missing"; \
+    $(APT_GET) update && $(APT_GET) install --no-install-recommends $$missing; \
+fi
+endef
+
+apt:
+	@$(call apt_install,$(APT_PACKAGES))
+
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "lazyimg needs Python 3.11 or later; give one: make PYTHON=/path/to/python3.11"; exit 1; }
+
+$(VENV)/bin/python: | apt python
+	$(PYTHON) -m venv $(VENV)
+
+# The stamp makes a second run quick: only a change of what is installed installs again.
+$(VENV)/.stamp-editable: pyproject.toml Makefile | apt $(VENV)/bin/python
+	$(VENV)/bin/pip install -q --retries 10 -e '.[dev]'
+	rm -f $(VENV)/.stamp-*
+	touch $@
+
+$(VENV)/.stamp-wheel: pyproject.toml Makefile $(SOURCES) | apt $(VENV)/bin/python
+	$(MAKE) wheel
+	$(VENV)/bin/pip install -q --retries 10 "$$(echo $(BUILD_DIR)/lazyimg-*.whl)[dev]"
+	$(VENV)/bin/pip install -q --no-deps --force-reinstall $(BUILD_DIR)/lazyimg-*.whl
+	rm -f $(VENV)/.stamp-*
+	touch $@
