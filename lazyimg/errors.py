@@ -17,12 +17,15 @@
     ├── RangesNotSupported               this image's store cannot serve ranges (400)
     ├── ReadTimeout                      a read waited `read_timeout` and the bytes did not come
     ├── LookupUndecided                  a name could not be decided within `lookup_timeout`
+    ├── ChunkAbsent                      chunks that were asked of the cache are not in it
     └── ChunkDamaged                     bytes in the cache are not those that were stored
 
 Messages name the object and the next step, in one line.  `exit_code` is what the command line ends with.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class LazyImgError(Exception):
@@ -120,5 +123,17 @@ class LookupUndecided(LazyImgError):
     """A name could not be decided in time; it may exist, asking again is right."""
 
 
+class ChunkAbsent(LazyImgError):
+    """Chunks that were asked of the cache are not in it; `chunks` says which."""
+
+    def __init__(self, message: str, chunks: Sequence[int]) -> None:
+        super().__init__(message)
+        self.chunks = list(chunks)
+
+
 class ChunkDamaged(LazyImgError):
-    """Bytes in the cache are not those that were stored."""
+    """Bytes in the cache are not those that were stored; `chunks` says which, and they are absent from now on."""
+
+    def __init__(self, message: str, chunks: Sequence[int]) -> None:
+        super().__init__(message)
+        self.chunks = list(chunks)

@@ -1,0 +1,307 @@
+"""The durable truth about every image: one entry each, and pages of chunk checksums.
+
+Owns diskcache.  An entry and the pages that change with it are one SQLite transaction, synchronous=FULL, so
+that what was forgotten stays forgotten and what was committed stays so (invariant 2).  Entries are few and
+all in memory; pages are read one at a time.  Malformed entries and pages are dropped and logged: they cost a
+fetch, never a start.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import re
+import sqlite3
+import struct
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import diskcache  # type: ignore[import-untyped]  # it has no types
+from diskcache.core import MODE_RAW  # type: ignore[import-untyped]  # it has no types
+
+from lazyimg.core.chunks import chunk_count
+from lazyimg.core.identity import ImageRecord
+
+ENTRY_VERSION = 1
+# 64 MiB of an image a page: 320 pages of 8 KiB for 20 GiB, and one page a commit for most boots.
+PAGE_CHUNKS = 1024
+_PAGE = struct.Struct(f"<{PAGE_CHUNKS}Q")
+_KEY = re.compile(r"[0-9a-f]{32}")
+_GENERATION = re.compile(r"([0-9a-f]{16})?")
+_KEYS = "images"
+_DAMAGED = "damaged"
+
+log = logging.getLogger(__name__)
+
+
+class IndexDamaged(Exception):
+    """The index folder holds something that is not an index, or a torn one; it must be set aside."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEntry:
+    """What is kept of one image in one view.
+
+    size_bytes: presented bytes.  generation: 16 hex digits naming the chunk file, "" while there is none.
+    present_count: chunks durably present.  Both are the store's; `Index.put` never changes them. last_used_s,
+    mtime_ns: wall time.  in_use: listed in `_base`. source: "ranges", "location" or "stream".  state, reason:
+    as shown in status; reason says why it is refused.
+    """
+
+    record: ImageRecord
+    view: str
+    size_bytes: int
+    generation: str = ""
+    present_count: int = 0
+    last_used_s: float = 0.0
+    mtime_ns: int = 0
+    in_use: bool = False
+    source: str = "ranges"
+    state: str = "active"
+    reason: str = ""
+
+    @property
+    def key(self) -> str:
+        """The cache key: a function of identity and view."""
+        return self.record.key(self.view)
+
+    def to_json(self) -> str:
+        """Return the entry as a JSON object: `version` (ENTRY_VERSION), `record` (ImageRecord.to_json) and each field."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return json.dumps({"version": ENTRY_VERSION, **values, "record": self.record.to_json()})
+
+    @classmethod
+    def from_json(cls, text: str) -> ImageEntry:
+        """Return the entry that `to_json` wrote.  Raises ValueError, TypeError, KeyError or AttributeError otherwise."""
+        values: dict[str, Any] = json.loads(text)
+        if values.pop("version") != ENTRY_VERSION:
+            raise ValueError("unknown version")
+        values["record"] = ImageRecord.from_json(values["record"])
+        entry = cls(**values)
+        for name, kind in _FIELD_TYPES.items():
+            if type(getattr(entry, name)) is not kind:
+                raise TypeError(f"{name} is not of type {kind.__name__}")
+        # The generation becomes part of a path.
+        if not _GENERATION.fullmatch(entry.generation):
+            raise ValueError("generation is not 16 hex digits")
+        if not 0 <= entry.present_count <= chunk_count(entry.size_bytes):
+            raise ValueError("present_count does not fit size_bytes")
+        return entry
+
+
+_FIELD_TYPES: dict[str, type] = {
+    "view": str,
+    "size_bytes": int,
+    "generation": str,
+    "present_count": int,
+    "last_used_s": float,
+    "mtime_ns": int,
+    "in_use": bool,
+    "source": str,
+    "state": str,
+    "reason": str,
+}
+
+
+class _PlainDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
+    """Stores strings, bytes and numbers in SQLite; never unpickles, whatever the file holds."""
+
+    def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> object:
+        return value if mode == MODE_RAW else None
+
+
+class Index:
+    """The index folder, opened.  Methods without `thread` in their docstring never block.
+
+    On disk, in diskcache's `cache.db`, all values plain text or bytes:
+        images                        JSON list of all keys, so that start-up never scans the pages
+        image/<key>                   ImageEntry.to_json
+        page/<key>/<generation>/<n>   8192 bytes: xxh3_64 of chunks [1024 n, 1024 (n + 1)), little-endian uint64 each,
+                                      0 for absent; tag <key>
+    Beside it a file `damaged` appears when SQLite found its file corrupt; the next start sets the folder
+    aside. Every fault of SQLite is raised as OSError: ENOSPC when the disk is full, else EIO.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the index.  Raises IndexDamaged or OSError."""
+        self._path = path
+        # Serialises changes, so that an entry is never written from an old copy.
+        self._lock = threading.Lock()
+        self._entries: dict[str, ImageEntry] = {}
+        if (path / _DAMAGED).exists():
+            raise IndexDamaged(f"{path}: found corrupt when it was last used")
+        try:
+            self._cache = diskcache.Cache(
+                str(path),
+                disk=_PlainDisk,
+                eviction_policy="none",
+                cull_limit=0,
+                tag_index=1,
+                # FULL: in WAL mode NORMAL may lose the last commits at power loss, and a lost forgetting is a
+                # false bit.
+                sqlite_synchronous=2,
+                # Each thread has a connection: 256 pages of 4 KiB instead of 32 MiB.  No mmap: an I/O error
+                # would be SIGBUS.
+                sqlite_cache_size=256,
+                sqlite_mmap_size=0,
+                # Keeps every value inside SQLite and so inside the transaction.
+                disk_min_file_size=1 << 24,
+            )
+            self._load_entries()
+        except (sqlite3.Error, diskcache.Timeout) as exc:
+            if _is_corrupt(exc):
+                raise IndexDamaged(f"{path}: {exc}") from exc
+            raise OSError(_errno_of(exc), f"cache index {path}: {exc}") from exc
+
+    def entries(self) -> list[ImageEntry]:
+        """Return all entries."""
+        return list(self._entries.values())
+
+    def get(self, key: str) -> ImageEntry | None:
+        """Return the entry of this key, or None."""
+        return self._entries.get(key)
+
+    def put(self, *entries: ImageEntry) -> None:
+        """Store entries durably in one transaction (thread).
+
+        `generation` and `present_count` of an entry that exists are kept, whatever is given: the chunk file
+        owns them.
+        """
+        with self._changing():
+            merged = [self._merged(entry) for entry in entries]
+            with self._cache.transact():
+                for entry in merged:
+                    self._cache.set(f"image/{entry.key}", entry.to_json())
+                self._set_keys(self._entries.keys() | {entry.key for entry in merged})
+            self._entries |= {entry.key: entry for entry in merged}
+
+    def begin(self, key: str, generation: str) -> ImageEntry:
+        """Give the image a new, empty generation; all pages of the last one are forgotten durably (thread)."""
+        with self._changing():
+            entry = replace(self._entries[key], generation=generation, present_count=0)
+            with self._cache.transact():
+                self._cache.evict(key)
+                self._cache.set(f"image/{key}", entry.to_json())
+            self._entries[key] = entry
+            return entry
+
+    def forget(self, key: str) -> None:
+        """Forget entry and pages durably and at once (thread); nothing happens if there is no such entry."""
+        with self._changing():
+            if key not in self._entries:
+                return
+            with self._cache.transact():
+                self._cache.delete(f"image/{key}")
+                self._set_keys(self._entries.keys() - {key})
+                self._cache.evict(key)
+            del self._entries[key]
+
+    def page(self, key: str, generation: str, page_no: int) -> tuple[int, ...]:
+        """Return the checksums of PAGE_CHUNKS chunks, 0 for absent ones (thread); all 0 if nothing is known."""
+        with self._translated():
+            value = self._cache.get(_page_key(key, generation, page_no))
+        if isinstance(value, bytes) and len(value) == _PAGE.size:
+            return _PAGE.unpack(value)
+        if value is not None:
+            log.warning(
+                "cache index: page %d of %s is malformed; its chunks will be fetched again", page_no, key
+            )
+        return (0,) * PAGE_CHUNKS
+
+    def commit(
+        self, key: str, generation: str, pages: Mapping[int, Sequence[int]], present_count: int
+    ) -> None:
+        """Store checksum pages and the entry's count in one durable transaction (thread).
+
+        Raises OSError(ESTALE) if the image was forgotten or began another generation meanwhile.
+        """
+        with self._changing():
+            entry = self._entries.get(key)
+            if entry is None or entry.generation != generation:
+                raise OSError(
+                    errno.ESTALE, f"cache index: image {key} has no generation {generation} any more"
+                )
+            entry = replace(entry, present_count=present_count)
+            with self._cache.transact():
+                for page_no, sums in pages.items():
+                    self._cache.set(_page_key(key, generation, page_no), _PAGE.pack(*sums), tag=key)
+                self._cache.set(f"image/{key}", entry.to_json())
+            self._entries[key] = entry
+
+    def close(self) -> None:
+        """Close the calling thread's connection; other threads' close as those threads end."""
+        self._cache.close()
+
+    def _merged(self, entry: ImageEntry) -> ImageEntry:
+        known = self._entries.get(entry.key)
+        if known is None:
+            return replace(entry, generation="", present_count=0)
+        return replace(entry, generation=known.generation, present_count=known.present_count)
+
+    def _set_keys(self, keys: set[str]) -> None:
+        if keys != self._entries.keys() or not keys:
+            self._cache.set(_KEYS, json.dumps(sorted(keys)))
+
+    def _load_entries(self) -> None:
+        for key in self._load_keys():
+            try:
+                entry = ImageEntry.from_json(self._cache.get(f"image/{key}"))
+                if entry.key != key:
+                    raise ValueError("belongs to another key")
+            except (ValueError, TypeError, KeyError, AttributeError) as exc:
+                log.warning("cache index: entry %s dropped, its image will be fetched again: %s", key, exc)
+            else:
+                self._entries[key] = entry
+
+    def _load_keys(self) -> list[str]:
+        text = self._cache.get(_KEYS)
+        if text is None:
+            return []
+        try:
+            keys = json.loads(text)
+            if isinstance(keys, list) and all(isinstance(key, str) and _KEY.fullmatch(key) for key in keys):
+                return keys
+        except (ValueError, TypeError):
+            pass
+        raise IndexDamaged(f"{self._path}: the list of images is malformed")
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self._lock, self._translated():
+            yield
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, diskcache.Timeout) as exc:
+            # A failed COMMIT leaves the connection inside its transaction; only closing it surely rolls back.
+            with suppress(sqlite3.Error):
+                self._cache.close()
+            if _is_corrupt(exc):
+                # If even this fails the next start finds out for itself.
+                with suppress(OSError):
+                    (self._path / _DAMAGED).touch()
+            raise OSError(_errno_of(exc), f"cache index {self._path}: {exc}") from exc
+
+
+def _page_key(key: str, generation: str, page_no: int) -> str:
+    return f"page/{key}/{generation}/{page_no}"
+
+
+def _errno_of(exc: Exception) -> int:
+    return errno.ENOSPC if _primary_code(exc) == sqlite3.SQLITE_FULL else errno.EIO
+
+
+def _is_corrupt(exc: Exception) -> bool:
+    return _primary_code(exc) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _primary_code(exc: Exception) -> int:
+    # The low byte; the rest tells variants of it apart (sqlite.org/rescode.html, "Primary Result Codes").
+    return int(getattr(exc, "sqlite_errorcode", 0)) & 0xFF
