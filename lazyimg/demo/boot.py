@@ -81,7 +81,7 @@ def boot_guest(
 
 
 def choose_accelerator(kernel: Path) -> Accelerator:
-    """Return kvm if it really runs this kernel, else tcg: on some machines /dev/kvm opens and the guest hangs."""
+    """Return kvm if it really runs this kernel, else tcg: on some machines /dev/kvm opens and guests hang."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "tcg"
     # No disk and no initramfs: a kernel that runs ends in a panic that says so.

@@ -1,7 +1,7 @@
-"""Builds the demo's guest: Debian's cloud kernel, an initramfs, and an ext4 disk with some hundred MB in it.
+"""Builds the demo's guest: Debian's cloud kernel, an initramfs, and an ext4 disk with some hundred MB.
 
-Nothing is installed and no root is needed: two Debian packages are downloaded (apt checks their signatures) and
-unpacked, and mkfs.ext4 fills the disk.  The result is kept and used again until `_RECIPE` changes.
+Nothing is installed and no root is needed: two Debian packages are downloaded (apt checks their signatures)
+and unpacked, and mkfs.ext4 fills the disk.  The result is kept and used again until `_RECIPE` changes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DISK_SIZE_BYTES = 2 << 30
 # With the kernel package's 100 MB: some hundred MB that compression or zero detection cannot make small.
 _BLOB_COUNT = 60
 _BLOB_SIZE_BYTES = 4 << 20
-# The guest reads every 12th file: about 30 MB, what a real Debian boot reads, and seconds of sha256 under TCG.
+# The guest reads every 12th file: about 29 MB, what a real Debian boot reads, 2 s of sha256 under TCG.
 _CHECKED_EVERY = 12
 # So that the same content gives the same disk.
 _FIXED_UUID = "6c617a79-696d-4167-8000-000000000001"
@@ -122,7 +122,7 @@ def build_guest(cache_dir: Path, *, report: Callable[[str], None] = lambda line:
 
 @contextmanager
 def _lock(cache_dir: Path) -> Iterator[None]:
-    # The wait ends: whoever holds the lock has a deadline for each of its steps, and the kernel frees a dead one's.
+    # The wait ends: the holder has a deadline for each of its steps, and the kernel frees a dead one's lock.
     with (cache_dir / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -7,6 +7,7 @@ order of the end.  A program is ended by the id of its group, and dies with us e
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -84,6 +85,21 @@ def started(
         _end(process, stop_timeout_s)
 
 
+def wait_first_line(process: subprocess.Popen[bytes], what: str, *, timeout_s: float) -> str:
+    """Return the first line a program prints on its standard output, a pipe; raise LazyImgError if none comes."""
+    assert process.stdout is not None
+    deadline = time.monotonic() + timeout_s
+    line = b""
+    while not line.endswith(b"\n"):
+        ready, _, _ = select.select([process.stdout], [], [], max(0, deadline - time.monotonic()))
+        # One byte at a time: the line is short, and nothing after it may be taken from the pipe.
+        byte = os.read(process.stdout.fileno(), 1) if ready else b""
+        if not byte:
+            raise LazyImgError(f"{what}: no first line {'before it ended' if ready else 'in time'}")
+        line += byte
+    return line.decode(errors="replace").strip()
+
+
 def wait_until_ended(process: subprocess.Popen[bytes], what: str, *, timeout_s: float) -> None:
     """Wait for a program that should end by itself; raise LazyImgError if it does not, or fails."""
     try:
@@ -95,19 +111,19 @@ def wait_until_ended(process: subprocess.Popen[bytes], what: str, *, timeout_s: 
 
 
 def _end(process: subprocess.Popen[bytes], stop_timeout_s: float) -> None:
-    if process.poll() is None and stop_timeout_s:
-        deadline = time.monotonic() + stop_timeout_s
-        with suppress(ProcessLookupError):
+    try:
+        if process.poll() is None and stop_timeout_s:
             os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(max(0, deadline - time.monotonic()))
-    # The leader may have gone and left members; an empty group has no id, which is the usual case.
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for pipe in (process.stdout, process.stderr):
-        if pipe is not None:
-            pipe.close()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(stop_timeout_s)
+    finally:
+        # The leader may have gone and left members; usually the group is empty and has no id any more.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def _path_of(name: str) -> str:

@@ -32,8 +32,8 @@ def write_ramdisk(path: Path, files: Mapping[str, bytes], folders: tuple[str, ..
 def _entry(name: str, mode: int, content: bytes, inode: int) -> bytes:
     """Return one entry: "070701", 13 fields of 8 hex digits, name, content; name and content padded to 4.
 
-    The fields: inode, mode, uid, gid, links, mtime, content size, device major and minor, special device major
-    and minor, name size with its NUL, checksum (0 in this variant).
+    The fields: inode, mode, uid, gid, links, mtime, content size, device major and minor, special device
+    major and minor, name size with its NUL, checksum (0 in this variant).
     """
     encoded = name.encode() + b"\0"
     fields = (inode, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(encoded), 0)
