@@ -15,7 +15,7 @@ APT_GET := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qy -o Acquire::Re
 # pyfuse3 is compiled against libfuse; qemu and e2fsprogs serve the demo and the tests; systemd brings
 # systemd-analyze, which judges our unit.
 APT_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv \
-	qemu-utils qemu-system-x86 e2fsprogs kmod cpio systemd
+	qemu-utils qemu-system-x86 e2fsprogs systemd
 # The peers and servers that the benchmarks compare with.
 APT_PACKAGES_BENCH := nginx libnginx-mod-http-lua nbdkit nbdkit-plugin-dev python3-libnbd rclone fio \
 	iproute2 libfuse3-dev curl
