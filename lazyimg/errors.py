@@ -132,7 +132,7 @@ class ChunkAbsent(LazyImgError):
 
 
 class ChunkDamaged(LazyImgError):
-    """Bytes in the cache are not those that were stored; `chunks` says which, and they are absent from now on."""
+    """Bytes in the cache are not those that were stored; `chunks` says which, and they are absent now."""
 
     def __init__(self, message: str, chunks: Sequence[int]) -> None:
         super().__init__(message)

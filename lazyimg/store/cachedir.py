@@ -18,11 +18,13 @@ import os
 import secrets
 import shutil
 import stat
+import threading
 from pathlib import Path
 
 from lazyimg.errors import CacheUnusable, InUse
 from lazyimg.store.chunkfile import READ_BYTES_MAX, ChunkFile
-from lazyimg.store.index import ImageEntry, Index, IndexDamaged
+from lazyimg.store.entry import ImageEntry
+from lazyimg.store.index import Index, IndexDamaged
 from lazyimg.store.presence import PageLimit
 
 FORMAT_VERSION = "1"
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class CacheDir:
-    """The opened, locked cache folder.  All methods may block, except `free_bytes` and properties on a healthy disk."""
+    """The opened, locked cache folder.  All methods are for threads, except `close_image`."""
 
     index: Index
 
@@ -50,11 +52,16 @@ class CacheDir:
         self._limit = PageLimit()
         self._buffer = memoryview(bytearray(READ_BYTES_MAX))
         self._open: dict[str, ChunkFile] = {}
+        # Held while a file is opened or removed, so that no image ever has two ChunkFiles.
+        self._open_lock = threading.Lock()
         try:
             _check_folder(path)
+            _check_version(path)
             self.lock_fd = _lock(path / "lock", lock_fd)
             try:
-                _check_version(path)
+                # What guests' images hold is nobody else's business.
+                path.chmod(0o700)
+                _write_version(path)
                 for folder in (self._chunks, self._aside):
                     folder.mkdir(mode=0o700, exist_ok=True)
                 self.index = self._open_index()
@@ -77,24 +84,17 @@ class CacheDir:
 
         It must not be open already.  Raises KeyError for an unknown image, OSError.
         """
-        assert key not in self._open, key
-        entry = self.index.get(key)
-        if entry is None:
-            raise KeyError(key)
-        path = self._path_of(entry)
-        problem = _problem_of(path, entry.size_bytes) if entry.generation else "none yet"
-        if problem:
-            if entry.generation:
-                log.warning("chunk file %s set aside: %s; its image will be fetched again", path, problem)
-            # The index forgets first, so that no page of checksums ever speaks of another file's bytes.
-            fresh = self.index.begin(key, secrets.token_hex(8))
-            if entry.generation:
-                self._set_aside(path)
-            entry, path = fresh, self._path_of(fresh)
-            self._create(path, entry.size_bytes)
-        file = ChunkFile(path, self.index, entry, self._limit, self._buffer)
-        self._open[key] = file
-        return file
+        with self._open_lock:
+            assert key not in self._open, key
+            entry = self.index.get(key)
+            if entry is None:
+                raise KeyError(key)
+            problem = _problem_of(self._path_of(entry), entry.size_bytes) if entry.generation else "none yet"
+            if problem:
+                entry = self._begin(entry, problem)
+            file = ChunkFile(self._path_of(entry), self.index, entry, self._limit, self._buffer)
+            self._open[key] = file
+            return file
 
     def close_image(self, key: str) -> None:
         """Close an image's chunk file, if open; see `ChunkFile.close`."""
@@ -104,11 +104,12 @@ class CacheDir:
 
     def remove_image(self, key: str) -> None:
         """Forget an image durably, then remove its bytes.  It is closed first.  Raises OSError."""
-        entry = self.index.get(key)
-        self.close_image(key)
-        self.index.forget(key)
-        if entry is not None and entry.generation:
-            self._path_of(entry).unlink(missing_ok=True)
+        with self._open_lock:
+            self.close_image(key)
+            entry = self.index.get(key)
+            self.index.forget(key)
+            if entry is not None and entry.generation:
+                self._path_of(entry).unlink(missing_ok=True)
 
     def allocated_bytes(self, key: str) -> int:
         """Return the bytes the image takes on disk; 0 if it has no chunk file."""
@@ -130,6 +131,21 @@ class CacheDir:
 
     def _path_of(self, entry: ImageEntry) -> Path:
         return self._chunks / f"{entry.key}.{entry.generation}"
+
+    def _begin(self, entry: ImageEntry, problem: str) -> ImageEntry:
+        """Begin a new chunk file; one that cannot be trusted is set aside."""
+        # The index forgets first, so that no page of checksums ever speaks of another file's bytes.
+        fresh = self.index.begin(entry.key, secrets.token_hex(8))
+        if entry.generation:
+            path = self._path_of(entry)
+            log.warning("chunk file %s set aside: %s; its image will be fetched again", path, problem)
+            try:
+                self._set_aside(path)
+            except OSError as exc:
+                # Nobody will open it under its old generation, and the next start removes it.
+                log.warning("chunk file %s stays where it is: %s", path, exc)
+        self._create(self._path_of(fresh), fresh.size_bytes)
+        return fresh
 
     def _create(self, path: Path, size_bytes: int) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -184,12 +200,11 @@ def _check_folder(path: Path) -> None:
         raise CacheUnusable(f"cache folder {path} is a symbolic link; give the folder itself")
     if found.st_uid != os.geteuid():
         raise CacheUnusable(
-            f"cache folder {path} belongs to user {found.st_uid}, not {os.geteuid()}; chown it or give another"
+            f"cache folder {path} belongs to user {found.st_uid}, not {os.geteuid()}; "
+            "chown it or give another"
         )
     if found.st_mode & 0o022:
         raise CacheUnusable(f"cache folder {path} can be written by others; run: chmod go-w {path}")
-    # What guests' images hold is nobody else's business.
-    path.chmod(0o700)
 
 
 def _lock(path: Path, lock_fd: int | None) -> int:
@@ -218,22 +233,27 @@ def _lock(path: Path, lock_fd: int | None) -> int:
 
 
 def _check_version(path: Path) -> None:
-    """Refuse a folder of another version, or with somebody else's files; mark one that is empty."""
-    version = path / "version"
+    """Refuse a folder of another version, or with somebody else's files, before anything is changed in it."""
     try:
-        found = version.read_text(errors="replace").strip()
+        found = (path / "version").read_text(errors="replace").strip()
     except FileNotFoundError:
         if set(os.listdir(path)) - {"lock", "version.part"}:
             raise CacheUnusable(f"cache folder {path} holds other files; give an empty folder") from None
+        return
+    if found != FORMAT_VERSION:
+        raise CacheUnusable(
+            f"cache folder {path} is of version {found[:20]!r}, not {FORMAT_VERSION!r}; "
+            "give another or empty it"
+        )
+
+
+def _write_version(path: Path) -> None:
+    version = path / "version"
+    if not version.exists():
         part = path / "version.part"
         part.write_text(f"{FORMAT_VERSION}\n")
         part.replace(version)
         _sync_folder(path)
-        return
-    if found != FORMAT_VERSION:
-        raise CacheUnusable(
-            f"cache folder {path} is of version {found[:20]!r}, not {FORMAT_VERSION!r}; give another or empty it"
-        )
 
 
 def _problem_of(path: Path, size_bytes: int) -> str:

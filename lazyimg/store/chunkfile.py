@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from xxhash import xxh3_64_intdigest
-
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES, chunk_count, chunk_range, chunks_of
 from lazyimg.errors import ChunkAbsent, ChunkDamaged
-from lazyimg.store.index import PAGE_CHUNKS, ImageEntry, Index
+from lazyimg.store.checksum import checksum, checksums
+from lazyimg.store.entry import ImageEntry
+from lazyimg.store.index import PAGE_CHUNKS, Index
 from lazyimg.store.presence import ABSENT, PROVEN, PageLimit, Presence
 
 # The largest read the kernel sends (FUSE_MAX_MAX_PAGES of 256 pages).
@@ -67,7 +67,8 @@ class ChunkFile:
     @property
     def present_count(self) -> int:
         """Chunks present, durable or not."""
-        return self._presence.present_count
+        # A chunk that the index could not be told to forget may count twice until the next commit.
+        return min(self._presence.present_count, self.chunk_count)
 
     @property
     def written_count(self) -> int:
@@ -77,7 +78,7 @@ class ChunkFile:
     @property
     def is_whole(self) -> bool:
         """True if every chunk is present."""
-        return self.present_count >= self.chunk_count
+        return self.present_count == self.chunk_count
 
     @property
     def allocated_bytes(self) -> int:
@@ -86,7 +87,7 @@ class ChunkFile:
             return os.fstat(fd).st_blocks * 512
 
     def absent_nowait(self, chunks: range) -> list[int] | None:
-        """Return which of these chunks are absent; None if that is not in memory: call `absent` in a thread."""
+        """Return which of these chunks are absent; None if not in memory: call `absent` in a thread."""
         states = self._presence.states_nowait(chunks)
         return None if states is None else [chunks[i] for i, state in enumerate(states) if state == ABSENT]
 
@@ -126,19 +127,17 @@ class ChunkFile:
             raise ChunkAbsent(f"{self.path.name}: {len(absent)} chunks from {absent[0]} are absent", absent)
         with self._in_use() as fd:
             if states.count(PROVEN) == len(states):
-                data = _pread(fd, start, stop)
-                if len(data) == stop - start:
-                    return data
-                raise self._damaged(list(chunks))
-            data, damaged = self._read_checked(fd, chunks)
+                data, damaged = self._read_proven(fd, start, stop)
+            else:
+                data, damaged = self._read_checked(fd, chunks)
+                data = data[start - chunks.start * CHUNK_SIZE_BYTES :][: stop - start]
         if damaged:
             raise self._damaged(damaged)
         self._presence.set_proven(chunks)
-        skip = start - chunks.start * CHUNK_SIZE_BYTES
-        return data[skip : skip + stop - start]
+        return data
 
     def write(self, first_chunk: int, data: Sequence[bytes | bytearray | memoryview]) -> None:
-        """Store whole chunks from `first_chunk` on (thread); they are present afterwards, durable after `commit`.
+        """Store whole chunks from `first_chunk` on (thread): present from now on, durable after `commit`.
 
         Chunks that are present already stay as they are.  Raises OSError, ENOSPC above all: then the chunks
         of this call that were not present before may be absent.
@@ -151,7 +150,7 @@ class ChunkFile:
             states = self._presence.states(chunks)
             for run in _runs([chunks[i] for i, state in enumerate(states) if state == ABSENT]):
                 parts = data[run.start - first_chunk : run.stop - first_chunk]
-                sums = {chunk: _sum(one) for chunk, one in zip(run, parts, strict=True)}
+                sums = {chunk: checksum(one) for chunk, one in zip(run, parts, strict=True)}
                 _pwrite(fd, run.start * CHUNK_SIZE_BYTES, parts)
                 self._presence.set_written(sums)
 
@@ -174,13 +173,14 @@ class ChunkFile:
             return len(written)
 
     def drop(self, chunks: Sequence[int]) -> None:
-        """Make chunks absent, durably (thread).  Their bytes stay until they are written again.  Raises OSError."""
+        """Make chunks absent, durably (thread).  Their bytes stay until written again.  Raises OSError."""
         self._presence.forget(chunks)
 
     def verify(self, progress: Progress | None = None) -> tuple[int, list[int]]:
-        """Read every present chunk and drop those that are damaged (thread); return chunks checked and the damaged.
+        """Read every present chunk and drop the damaged ones (thread).
 
-        progress is told chunks checked and present now and then; an exception of its ends the check.
+        Returns how many were checked and which were damaged.  progress is told chunks checked and present now
+        and then; an exception of its ends the check.
         """
         checked, damaged = 0, list[int]()
         for chunks in self._all_runs():
@@ -210,7 +210,7 @@ class ChunkFile:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Close the file once no thread is inside a call; what was not committed is absent at the next opening.
+        """Close the file once no thread is inside a call; what is not committed is absent when next opened.
 
         Call it on the thread of `read_nowait`, or when that can no longer be called.  May be called twice.
         """
@@ -247,9 +247,18 @@ class ChunkFile:
         if None in sums:
             return None
         data = self._pread_nowait(whole_start, whole_stop)
-        if data is None or _sums(data) != sums:
+        if data is None or checksums(data) != sums:
             return None
         return data[start - whole_start : stop - whole_start]
+
+    def _read_proven(self, fd: int, start: int, stop: int) -> tuple[bytes, list[int]]:
+        """Return the bytes of proven chunks, and all these chunks as damaged if they cannot be read."""
+        try:
+            data = _pread(fd, start, stop)
+        except OSError as exc:
+            log.warning("%s: bytes %d to %d cannot be read: %s", self.path, start, stop, exc)
+            data = b""
+        return data, list(chunks_of(start, stop)) if len(data) != stop - start else []
 
     def _read_checked(self, fd: int, chunks: range) -> tuple[bytes, list[int]]:
         """Return the bytes of whole chunks and which of them are damaged or unreadable."""
@@ -260,7 +269,7 @@ class ChunkFile:
         except OSError as exc:
             log.warning("%s: chunks %d to %d cannot be read: %s", self.path, chunks.start, chunks.stop, exc)
             return b"", list(chunks)
-        actual = _sums(data)
+        actual = checksums(data)
         actual += [0] * (len(chunks) - len(actual))
         return data, [
             c for c, want, have in zip(chunks, expected, actual, strict=True) if want != have or not want
@@ -297,16 +306,6 @@ class ChunkFile:
                 self._users -= 1
                 if self._is_closed and not self._users:
                     os.close(self._fd)
-
-
-def _sum(data: bytes | bytearray | memoryview) -> int:
-    # 0 means absent in the index.
-    return xxh3_64_intdigest(data) or 1
-
-
-def _sums(data: bytes) -> list[int]:
-    view = memoryview(data)
-    return [_sum(view[at : at + CHUNK_SIZE_BYTES]) for at in range(0, len(data), CHUNK_SIZE_BYTES)]
 
 
 def _runs(chunks: Sequence[int]) -> Iterator[range]:

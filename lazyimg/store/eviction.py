@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from lazyimg.store.index import ImageEntry
+from lazyimg.store.entry import ImageEntry
 
 
 def to_evict(

@@ -17,22 +17,18 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import diskcache  # type: ignore[import-untyped]  # it has no types
 from diskcache.core import MODE_RAW  # type: ignore[import-untyped]  # it has no types
 
-from lazyimg.core.chunks import chunk_count
-from lazyimg.core.identity import ImageRecord
+from lazyimg.store.entry import ImageEntry
 
-ENTRY_VERSION = 1
 # 64 MiB of an image a page: 320 pages of 8 KiB for 20 GiB, and one page a commit for most boots.
 PAGE_CHUNKS = 1024
 _PAGE = struct.Struct(f"<{PAGE_CHUNKS}Q")
 _KEY = re.compile(r"[0-9a-f]{32}")
-_GENERATION = re.compile(r"([0-9a-f]{16})?")
 _KEYS = "images"
 _DAMAGED = "damaged"
 
@@ -41,71 +37,6 @@ log = logging.getLogger(__name__)
 
 class IndexDamaged(Exception):
     """The index folder holds something that is not an index, or a torn one; it must be set aside."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageEntry:
-    """What is kept of one image in one view.
-
-    size_bytes: presented bytes.  generation: 16 hex digits naming the chunk file, "" while there is none.
-    present_count: chunks durably present.  Both are the store's; `Index.put` never changes them. last_used_s,
-    mtime_ns: wall time.  in_use: listed in `_base`. source: "ranges", "location" or "stream".  state, reason:
-    as shown in status; reason says why it is refused.
-    """
-
-    record: ImageRecord
-    view: str
-    size_bytes: int
-    generation: str = ""
-    present_count: int = 0
-    last_used_s: float = 0.0
-    mtime_ns: int = 0
-    in_use: bool = False
-    source: str = "ranges"
-    state: str = "active"
-    reason: str = ""
-
-    @property
-    def key(self) -> str:
-        """The cache key: a function of identity and view."""
-        return self.record.key(self.view)
-
-    def to_json(self) -> str:
-        """Return the entry as a JSON object: `version` (ENTRY_VERSION), `record` (ImageRecord.to_json) and each field."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return json.dumps({"version": ENTRY_VERSION, **values, "record": self.record.to_json()})
-
-    @classmethod
-    def from_json(cls, text: str) -> ImageEntry:
-        """Return the entry that `to_json` wrote.  Raises ValueError, TypeError, KeyError or AttributeError otherwise."""
-        values: dict[str, Any] = json.loads(text)
-        if values.pop("version") != ENTRY_VERSION:
-            raise ValueError("unknown version")
-        values["record"] = ImageRecord.from_json(values["record"])
-        entry = cls(**values)
-        for name, kind in _FIELD_TYPES.items():
-            if type(getattr(entry, name)) is not kind:
-                raise TypeError(f"{name} is not of type {kind.__name__}")
-        # The generation becomes part of a path.
-        if not _GENERATION.fullmatch(entry.generation):
-            raise ValueError("generation is not 16 hex digits")
-        if not 0 <= entry.present_count <= chunk_count(entry.size_bytes):
-            raise ValueError("present_count does not fit size_bytes")
-        return entry
-
-
-_FIELD_TYPES: dict[str, type] = {
-    "view": str,
-    "size_bytes": int,
-    "generation": str,
-    "present_count": int,
-    "last_used_s": float,
-    "mtime_ns": int,
-    "in_use": bool,
-    "source": str,
-    "state": str,
-    "reason": str,
-}
 
 
 class _PlainDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
@@ -121,8 +52,8 @@ class Index:
     On disk, in diskcache's `cache.db`, all values plain text or bytes:
         images                        JSON list of all keys, so that start-up never scans the pages
         image/<key>                   ImageEntry.to_json
-        page/<key>/<generation>/<n>   8192 bytes: xxh3_64 of chunks [1024 n, 1024 (n + 1)), little-endian uint64 each,
-                                      0 for absent; tag <key>
+        page/<key>/<generation>/<n>   8192 bytes: checksums of chunks [1024 n, 1024 (n + 1)), little-endian
+                                      uint64 each, 0 for absent; tag <key>
     Beside it a file `damaged` appears when SQLite found its file corrupt; the next start sets the folder
     aside. Every fault of SQLite is raised as OSError: ENOSPC when the disk is full, else EIO.
     """
@@ -181,7 +112,7 @@ class Index:
             self._entries |= {entry.key: entry for entry in merged}
 
     def begin(self, key: str, generation: str) -> ImageEntry:
-        """Give the image a new, empty generation; all pages of the last one are forgotten durably (thread)."""
+        """Give the image a new, empty generation; the last one is forgotten durably (thread)."""
         with self._changing():
             entry = replace(self._entries[key], generation=generation, present_count=0)
             with self._cache.transact():
@@ -202,7 +133,7 @@ class Index:
             del self._entries[key]
 
     def page(self, key: str, generation: str, page_no: int) -> tuple[int, ...]:
-        """Return the checksums of PAGE_CHUNKS chunks, 0 for absent ones (thread); all 0 if nothing is known."""
+        """Return the checksums of PAGE_CHUNKS chunks, 0 for absent ones (thread)."""
         with self._translated():
             value = self._cache.get(_page_key(key, generation, page_no))
         if isinstance(value, bytes) and len(value) == _PAGE.size:
@@ -244,11 +175,12 @@ class Index:
         return replace(entry, generation=known.generation, present_count=known.present_count)
 
     def _set_keys(self, keys: set[str]) -> None:
-        if keys != self._entries.keys() or not keys:
+        if keys != self._entries.keys():
             self._cache.set(_KEYS, json.dumps(sorted(keys)))
 
     def _load_entries(self) -> None:
-        for key in self._load_keys():
+        keys = self._load_keys()
+        for key in keys:
             try:
                 entry = ImageEntry.from_json(self._cache.get(f"image/{key}"))
                 if entry.key != key:
@@ -257,6 +189,13 @@ class Index:
                 log.warning("cache index: entry %s dropped, its image will be fetched again: %s", key, exc)
             else:
                 self._entries[key] = entry
+        dropped = set(keys) - self._entries.keys()
+        if dropped:
+            with self._cache.transact():
+                for key in dropped:
+                    self._cache.delete(f"image/{key}")
+                    self._cache.evict(key)
+                self._cache.set(_KEYS, json.dumps(sorted(self._entries)))
 
     def _load_keys(self) -> list[str]:
         text = self._cache.get(_KEYS)

@@ -13,15 +13,19 @@ A page can leave memory at any time: the index and `_written` hold all that matt
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 
-from lazyimg.store.index import PAGE_CHUNKS, ImageEntry, Index
+from lazyimg.store.entry import ImageEntry
+from lazyimg.store.index import PAGE_CHUNKS, Index
 
 ABSENT, UNPROVEN, PROVEN = 0, 1, 2
 # 1 KiB each: 16 MiB of memory for 1 TiB of images in use.
 PAGES_MAX = 16384
+
+log = logging.getLogger(__name__)
 
 
 class PageLimit:
@@ -56,7 +60,7 @@ class PageLimit:
 
 
 class Presence:
-    """The chunk states of one file.  Only `pages` may be read without blocking; all methods may read the index.
+    """The chunk states of one file.  What ends in `_nowait` does not block; all else may read the index.
 
     pages: page number to PAGE_CHUNKS states, one byte each.  Read by the event loop while threads change it:
     each single access is atomic under the interpreter's lock, and a reader needs no more than one.
@@ -68,7 +72,8 @@ class Presence:
         self._key, self._generation = entry.key, entry.generation
         self._durable_count = entry.present_count
         self._limit = limit
-        # Checksums of chunks that are written and not yet durable; disjoint from what the index has.
+        # Checksums of chunks that are written and not yet durable; the index has none of them, unless it
+        # could not be told to forget one.
         self._written: dict[int, int] = {}
         # Guards _written, the states and _version; never held across I/O.
         self._lock = threading.Lock()
@@ -129,7 +134,7 @@ class Presence:
             self._set_states(sums, UNPROVEN)
 
     def set_proven(self, chunks: Iterable[int]) -> None:
-        """Mark chunks whose bytes were just found to have their checksum; any that changed since stay as they are."""
+        """Mark chunks whose bytes were just found to have their checksum; not those that changed since."""
         with self._lock:
             for chunk in chunks:
                 page = self.pages.get(chunk // PAGE_CHUNKS)
@@ -144,7 +149,7 @@ class Presence:
             return dict(self._written)
 
     def commit(self, sums: Mapping[int, int]) -> None:
-        """Store durably that chunks whose bytes are durable are present.  Raises OSError; then nothing changed."""
+        """Store durably that chunks are present whose bytes are durable.  If OSError: nothing changed."""
         with self._index_lock:
             # What was forgotten since the file was synced must not come back.
             with self._lock:
@@ -191,8 +196,14 @@ class Presence:
     def _load(self, page_no: int) -> bytearray:
         while True:
             version = self._version
-            sums = self._index.page(self._key, self._generation, page_no)
-            page = bytearray(map(bool, sums))
+            try:
+                sums = self._index.page(self._key, self._generation, page_no)
+            except OSError as exc:
+                # As good as absent, for now: fetching again is slower than a present chunk and better than an
+                # error.
+                log.warning("presence of %s, page %d, is not known: %s", self._key, page_no, exc)
+                sums = None
+            page = bytearray(PAGE_CHUNKS) if sums is None else bytearray(map(bool, sums))
             with self._lock:
                 # A commit, a write or a forgetting while the index was read: read it again.
                 if version != self._version:
@@ -201,6 +212,8 @@ class Presence:
                 for chunk in self._written:
                     if first <= chunk < first + PAGE_CHUNKS:
                         page[chunk - first] = UNPROVEN
+                if sums is None:
+                    return page
                 # Another thread may have loaded it meanwhile and proven some of it.
                 page = self.pages.setdefault(page_no, page)
             self._limit.note_loaded(self, page_no)
