@@ -1,0 +1,135 @@
+"""The command line's end of the control socket; synchronous, one connection a call.
+
+Raises what the daemon raised, as the same class, and DaemonUnreachable where none answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lazyimg.control.messages import ImageFacts, Message, Progress, parse_message, raise_error
+from lazyimg.errors import DaemonUnreachable, LazyImgError
+
+if TYPE_CHECKING:
+    import httpx
+
+# An answer larger than this is not one of ours: status of 10,000 images takes about 4 MB.
+ANSWER_BYTES_MAX = 64 << 20
+PROGRESS_LINE_BYTES_MAX = 64 << 10
+# The daemon answers at once or within its own limits; this one only ends a wait for a daemon that hangs.
+ANSWER_TIMEOUT_S = 300.0
+CONNECT_TIMEOUT_S = 10.0
+
+
+class ControlClient:
+    """Asks a daemon through its control socket; synchronous.
+
+    All methods raise DaemonUnreachable if none answers, and whatever LazyImgError the daemon raised.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def status(self) -> dict[str, Any]:
+        """Return the JSON object of `lazyimg status --json`."""
+        return self._ask("GET", "status", None)
+
+    def image_facts(self, image: str) -> ImageFacts:
+        """Return what the companion must know of an image (id or unique name)."""
+        answer = self._ask("GET", "image", image)
+        return self._parsed(ImageFacts, answer)
+
+    def evict(self, image: str) -> int:
+        """Drop an image's chunks and return the bytes freed."""
+        return int(self._ask("POST", "evict", image)["freed_bytes"])
+
+    def prefetch(self, image: str) -> Iterator[Progress]:
+        """Fetch all of an image; closing the iterator stops the work."""
+        return self._watch("prefetch", image)
+
+    def verify(self, image: str) -> Iterator[Progress]:
+        """Check an image's chunks and its source's hash; the last step has the verdict."""
+        return self._watch("verify", image)
+
+    def _ask(self, method: str, what: str, image: str | None) -> dict[str, Any]:
+        with self._response(method, what, image, timeout_s=ANSWER_TIMEOUT_S) as response:
+            body = bytearray()
+            for part in response.iter_raw():
+                body += part
+                if len(body) > ANSWER_BYTES_MAX:
+                    raise self._not_ours(f"more than {ANSWER_BYTES_MAX} bytes")
+            return self._object(bytes(body))
+
+    def _watch(self, what: str, image: str) -> Iterator[Progress]:
+        # No limit between two steps: Glance may be away, and the work waits for it.
+        with self._response("POST", what, image, timeout_s=None) as response:
+            rest = b""
+            for part in response.iter_raw():
+                *lines, rest = (rest + part).split(b"\n")
+                for line in lines:
+                    yield self._parsed(Progress, self._object(line))
+                if len(rest) > PROGRESS_LINE_BYTES_MAX:
+                    raise self._not_ours("a line without end")
+
+    @contextmanager
+    def _response(
+        self, method: str, what: str, image: str | None, *, timeout_s: float | None
+    ) -> Iterator[httpx.Response]:
+        import httpx
+
+        timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
+        # verify=False: there is no TLS here, and loading the certificates takes 20 ms.
+        transport = httpx.HTTPTransport(uds=str(self._path), verify=False)
+        params = {} if image is None else {"image": image}
+        try:
+            with (
+                httpx.Client(transport=transport, timeout=timeout, trust_env=False) as client,
+                client.stream(method, f"http://lazyimg/v1/{what}", params=params) as response,
+            ):
+                yield response
+        except httpx.ConnectError as exc:
+            raise self._unreachable(exc) from exc
+        except httpx.TimeoutException as exc:
+            message = f"control socket {self._path}: no answer in time; see the daemon's log"
+            raise DaemonUnreachable(message) from exc
+        except httpx.HTTPError as exc:
+            message = f"control socket {self._path}: the daemon went away; see its log, then try again"
+            raise DaemonUnreachable(message) from exc
+
+    def _unreachable(self, exc: BaseException) -> DaemonUnreachable:
+        cause: BaseException | None = exc
+        while cause is not None:
+            if isinstance(cause, PermissionError):
+                return DaemonUnreachable(
+                    f"control socket {self._path}: permission denied; run as its owner, or set control_group"
+                    " and control_mode in the daemon's config"
+                )
+            cause = cause.__cause__ or cause.__context__
+        return DaemonUnreachable(
+            f"control socket {self._path}: no daemon answers; start it with lazyimg mount, or give --control"
+        )
+
+    def _object(self, body: bytes) -> dict[str, Any]:
+        try:
+            answer = json.loads(body)
+        except ValueError as exc:
+            raise self._not_ours("not JSON") from exc
+        if not isinstance(answer, dict):
+            raise self._not_ours("not a JSON object")
+        raise_error(answer)
+        return answer
+
+    def _parsed(self, kind: type[Message], answer: dict[str, Any]) -> Message:
+        try:
+            return parse_message(kind, answer)
+        except TypeError as exc:
+            raise self._not_ours(f"an object without all fields of {kind.__name__}") from exc
+
+    def _not_ours(self, what: str) -> LazyImgError:
+        return LazyImgError(
+            f"control socket {self._path}: {what} is no answer of lazyimg's; update client and daemon"
+        )

@@ -1,0 +1,198 @@
+"""May this image be shown, and as what: a verdict on the first bytes of its source.
+
+Pure.  The bytes are judged by oslo.utils' format_inspector, which Nova, Glance and Cinder trust, by Nova's
+rules (nova.virt.images.do_image_deep_inspection).  Guards "qemu is never left to guess a format; an unsafe or
+mislabelled header is never presented".
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, cast
+
+from lazyimg.core.identity import ImageRecord
+from lazyimg.errors import ImageRefused
+
+if TYPE_CHECKING:
+    from oslo_utils.imageutils.format_inspector import FileInspector
+
+# The farthest signature any inspector needs is an ISO's, at 32 KiB; a qcow2 header is in its first cluster.
+HEAD_SIZE_BYTES = 1 << 20
+# As Nova feeds the inspectors; regions that are found while reading must lie in what comes later.
+_STEP_BYTES = 4096
+
+AMI_FORMATS = frozenset({"ami", "aki", "ari"})
+KERNEL_FORMATS = frozenset({"aki", "ari"})
+# What may be found in content of each disk_format; "gpt" is the inspector's name for MBR and GPT alike.
+_CONTENT_ALLOWED: dict[str, frozenset[frozenset[str]]] = {
+    "raw": frozenset({frozenset({"raw"}), frozenset({"gpt"})}),
+    # A bootable ISO has a partition table in front.
+    "iso": frozenset({frozenset({"iso"}), frozenset({"iso", "gpt"})}),
+    "qcow2": frozenset({frozenset({"qcow2"})}),
+    **{
+        name: frozenset(
+            {frozenset({"raw"}), frozenset({"gpt"}), frozenset({"iso"}), frozenset({"iso", "gpt"})}
+        )
+        for name in AMI_FORMATS
+    },
+}
+_CONVERT = "convert it to raw or qcow2 with qemu-img and upload that"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The image may be presented.
+
+    presented_format: what qemu must be told the presented bytes are, "raw" or "qcow2".
+    virtual_size_bytes: what the guest sees.  cluster_size_bytes: the source's, None unless it is qcow2.
+    """
+
+    presented_format: str
+    virtual_size_bytes: int
+    cluster_size_bytes: int | None = None
+
+
+def judge(head: bytes, record: ImageRecord, view: str) -> Verdict:
+    """Return how to present an image in `view` ("stored" or "raw") whose source begins with `head`.
+
+    head: the source's first `min(size, HEAD_SIZE_BYTES)` bytes; more is not looked at.
+    Raises ImageRefused, and nothing else, naming the image, the reason and the next step.
+    """
+    disk_format, size_bytes = _judge_record(record)
+    needed_bytes = min(size_bytes, HEAD_SIZE_BYTES)
+    if len(head) < needed_bytes:
+        raise _refused(record, f"only {len(head)} of its first {needed_bytes} bytes are known", "try again")
+    head = head[:HEAD_SIZE_BYTES]
+    try:
+        found = _inspect(head)
+        names = frozenset(str(inspector) for inspector in found)
+    except Exception as exc:  # an inspector that trips over hostile bytes has judged them
+        raise _refused(record, f"its header cannot be read ({type(exc).__name__})", _CONVERT) from exc
+    if names not in _CONTENT_ALLOWED[disk_format]:
+        content = "+".join(sorted(names))
+        raise _refused(
+            record, f"its disk_format is {disk_format}, its content is {content}", "upload it as what it is"
+        )
+    for inspector in found:
+        _check_safety(inspector, record)
+    if disk_format != "qcow2":
+        return Verdict("raw", size_bytes)
+    header = _judge_qcow2(head, record, size_bytes)
+    return Verdict("raw" if view == "raw" else "qcow2", header.virtual_size_bytes, header.cluster_size_bytes)
+
+
+def _refused(record: ImageRecord, reason: str, next_step: str) -> ImageRefused:
+    return ImageRefused(f"image {record.id}: {reason}; {next_step}")
+
+
+def _judge_record(record: ImageRecord) -> tuple[str, int]:
+    """Return disk_format and size of a record that may be presented, as far as the record alone tells."""
+    disk_format, size_bytes = record.disk_format, record.size_bytes
+    if disk_format is None or size_bytes is None:
+        raise _refused(
+            record, "Glance knows no disk_format or size of it", "wait until its upload is complete"
+        )
+    if disk_format not in _CONTENT_ALLOWED:
+        raise _refused(record, f"disk_format {disk_format} cannot be presented", _CONVERT)
+    containers = {None, "bare"}
+    if disk_format in AMI_FORMATS:
+        containers.add(disk_format)
+    if record.container_format not in containers:
+        raise _refused(
+            record,
+            f"container_format {record.container_format} wraps its {disk_format} bytes",
+            "upload the disk itself with container_format bare",
+        )
+    return disk_format, size_bytes
+
+
+def _inspect(head: bytes) -> list[FileInspector]:
+    """Return the inspectors that recognise `head`: one, or several for a file that is several things."""
+    # Imported here: a tenth of a second that the command line's other commands need not pay.
+    from oslo_utils.imageutils import format_inspector
+
+    steps = (head[start : start + _STEP_BYTES] for start in range(0, len(head), _STEP_BYTES))
+    # It takes any iterator of chunks, though its annotation says file.
+    wrapper = format_inspector.InspectWrapper(cast(IO[bytes], steps))
+    for _ in wrapper:
+        pass
+    return wrapper.formats or []
+
+
+def _check_safety(inspector: FileInspector, record: ImageRecord) -> None:
+    if record.disk_format in KERNEL_FORMATS and str(inspector) == "gpt":
+        # A bzImage ends its first sector with 0x55AA (Linux boot protocol); that is no partition table.
+        return
+    try:
+        inspector.safety_check()
+    except Exception as exc:
+        failures = getattr(exc, "failures", None) or {"header": exc}
+        reason = ", ".join(f"{name}: {failure}" for name, failure in sorted(failures.items()))
+        raise _refused(record, f"it is not safe to open ({reason})", _CONVERT) from exc
+
+
+# ── qcow2 ──
+#
+#  byte  0  magic 'QFI\xfb'        32  crypt_method        72  incompatible features  (version 3)
+#        4  version                36  l1_size (entries)      bit 0 dirty, 1 corrupt, 2 data file,
+#       20  cluster_bits           40  l1_table_offset            3 compression type, 4 extended L2
+#       24  virtual size                                  100  header_length          (version 3)
+#
+# All big-endian (qcow2 spec, "Header").
+
+_V2_HEADER = struct.Struct(">4sIQIIQIIQ")
+_V3_HEADER_BYTES = 104
+_FEATURE_DIRTY = 1 << 0
+_FEATURE_CORRUPT = 1 << 1
+# qemu's QCOW_MAX_L1_SIZE; more entries than that it will not open.
+_L1_TABLE_BYTES_MAX = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Qcow2Header:
+    virtual_size_bytes: int
+    cluster_size_bytes: int
+
+
+def _judge_qcow2(head: bytes, record: ImageRecord, size_bytes: int) -> _Qcow2Header:
+    """Check what the inspector does not: encryption, dirty and corrupt bits, sizes and the L1 table's place.
+
+    The inspector has found magic, a version of 2 or 3, 512 bytes of header, and no backing or data file.
+    """
+    _, version, _, _, cluster_bits, virtual_size_bytes, crypt, l1_entries, l1_offset = _V2_HEADER.unpack_from(
+        head
+    )
+    if not 9 <= cluster_bits <= 21:
+        raise _refused(record, f"its qcow2 header claims cluster_bits {cluster_bits}, not 9 to 21", _CONVERT)
+    cluster_size_bytes = 1 << cluster_bits
+    if version == 3:
+        _judge_features(head, record, cluster_size_bytes)
+    if crypt != 0:
+        raise _refused(record, "its qcow2 content is encrypted", _CONVERT)
+    # One L1 entry covers as many clusters as one L2 table, a cluster of 8-byte entries, has room for.
+    covered_bytes = l1_entries * (cluster_size_bytes // 8) * cluster_size_bytes
+    l1_table_bytes = l1_entries * 8
+    if (
+        virtual_size_bytes >= 1 << 63
+        or covered_bytes < virtual_size_bytes
+        or l1_table_bytes > _L1_TABLE_BYTES_MAX
+    ):
+        reason = f"its qcow2 header claims {virtual_size_bytes} bytes in an L1 table of {l1_entries} entries"
+        raise _refused(record, reason, _CONVERT)
+    if l1_offset % cluster_size_bytes or (l1_entries and l1_offset < cluster_size_bytes):
+        raise _refused(record, f"its qcow2 L1 table lies at byte {l1_offset}", _CONVERT)
+    if l1_offset + l1_table_bytes > size_bytes:
+        reason = f"its qcow2 L1 table ends at byte {l1_offset + l1_table_bytes} of {size_bytes}"
+        raise _refused(record, reason, "upload all of it")
+    return _Qcow2Header(virtual_size_bytes, cluster_size_bytes)
+
+
+def _judge_features(head: bytes, record: ImageRecord, cluster_size_bytes: int) -> None:
+    (features,) = struct.unpack_from(">Q", head, 72)
+    (header_length,) = struct.unpack_from(">I", head, 100)
+    if features & (_FEATURE_DIRTY | _FEATURE_CORRUPT):
+        # qemu would want to repair it, which it cannot here; its refcounts, at least, are not to be trusted.
+        raise _refused(record, "its qcow2 is marked dirty or corrupt", "repair it with qemu-img check -r all")
+    if header_length < _V3_HEADER_BYTES or header_length > min(cluster_size_bytes, len(head)):
+        raise _refused(record, f"its qcow2 header claims a length of {header_length} bytes", _CONVERT)
