@@ -10,18 +10,19 @@ INSTALL ?= editable
 BUILD_DIR := .cache/wheel
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
-APT_GET := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qy -o Acquire::Retries=3
+APT_GET := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qy -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300
 
 # pyfuse3 is compiled against libfuse; qemu and e2fsprogs serve the demo and the tests; systemd brings
 # systemd-analyze, which judges our unit.
 APT_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv \
 	qemu-utils qemu-system-x86 e2fsprogs systemd
 # The peers and servers that the benchmarks compare with.
-APT_PACKAGES_BENCH := nginx libnginx-mod-http-lua nbdkit nbdkit-plugin-dev python3-libnbd rclone fio \
-	iproute2 libfuse3-dev curl
+APT_PACKAGES_BENCH := nginx libnginx-mod-http-lua nbdkit python3-libnbd qemu-block-extra rclone curl fio \
+	iproute2 mmdebstrap
 
 LAZYIMG := $(VENV)/bin/lazyimg
 PYTEST := $(VENV)/bin/pytest
+PYTHON_FOLDERS := lazyimg tests benchmarks
 SOURCES := $(shell find lazyimg -name '*.py')
 
 .PHONY: setup demo test check format wheel bench-setup clean apt python
@@ -37,15 +38,15 @@ test: setup
 	$(PYTEST)
 
 check: setup
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check $(PYTHON_FOLDERS)
+	$(VENV)/bin/ruff check $(PYTHON_FOLDERS)
 	$(VENV)/bin/mypy
 
 format: setup
-	$(VENV)/bin/ruff format .
-	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format $(PYTHON_FOLDERS)
+	$(VENV)/bin/ruff check --fix $(PYTHON_FOLDERS)
 
-wheel: $(VENV)/bin/python
+wheel: $(VENV)/bin/pip
 	rm -rf $(BUILD_DIR) build
 	$(VENV)/bin/pip wheel -q --no-deps --wheel-dir $(BUILD_DIR) .
 
@@ -60,7 +61,7 @@ clean:
 
 # $(call apt_install,PACKAGES): installs those that are missing; the package lists are read only if one is.
 define apt_install
-command -v dpkg-query apt-get >/dev/null || { echo "not Debian: lazyimg needs what these packages hold: $(1)"; exit 0; }; \
+command -v dpkg-query >/dev/null || { echo "not Debian: lazyimg needs what is in $(1)"; exit 0; }; \
 missing=; \
 for package in $(1); do \
     [ "$$(dpkg-query -W -f '$${db:Status-Status}' $$package 2>/dev/null)" = installed ] \
@@ -79,16 +80,17 @@ python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	    || { echo "lazyimg needs Python 3.11 or later; give one: make PYTHON=/path/to/python3.11"; exit 1; }
 
-$(VENV)/bin/python: | apt python
+# pip is the last thing that appears: a venv that failed for want of python3-venv has no pip, and is made anew.
+$(VENV)/bin/pip: | apt python
 	$(PYTHON) -m venv $(VENV)
 
 # The stamp makes a second run quick: only a change of what is installed installs again.
-$(VENV)/.stamp-editable: pyproject.toml Makefile | apt $(VENV)/bin/python
+$(VENV)/.stamp-editable: pyproject.toml Makefile | apt $(VENV)/bin/pip
 	$(VENV)/bin/pip install -q --retries 10 -e '.[dev]'
 	rm -f $(VENV)/.stamp-*
 	touch $@
 
-$(VENV)/.stamp-wheel: pyproject.toml Makefile $(SOURCES) | apt $(VENV)/bin/python
+$(VENV)/.stamp-wheel: pyproject.toml Makefile $(SOURCES) | apt $(VENV)/bin/pip
 	$(MAKE) wheel
 	$(VENV)/bin/pip install -q --retries 10 "$$(echo $(BUILD_DIR)/lazyimg-*.whl)[dev]"
 	$(VENV)/bin/pip install -q --no-deps --force-reinstall $(BUILD_DIR)/lazyimg-*.whl
