@@ -1,7 +1,7 @@
 """A recorded boot: the reads in their order, and the image they were read from.
 
-Files: `NAME.csv` has a header line `# size=BYTES …` and then `offset,length`, one read a line; `NAME-extents.csv`
-has `start,length` of the image's allocated extents, the rest of the image being holes.
+Files: `NAME.csv` has a header line `# size=BYTES …` and then `offset,length`, one read a line;
+`NAME-extents.csv` has `start,length` of the image's allocated extents, the rest of the image being holes.
 """
 
 from __future__ import annotations

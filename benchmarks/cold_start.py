@@ -1,23 +1,22 @@
 """How long do a boot's first reads take when nobody has downloaded the image?
 
-Replays a recorded boot's reads, one after the other, against an image 2 ms and 1 Gbit/s away: through lazyimg and
-through what users would use instead, all from the same server over the same link, in alternating rounds.
+Replays a recorded boot's reads, one after the other, against an image 2 ms and 1 Gbit/s away: through lazyimg
+and through what users would use instead, all from the same server over the same link, in alternating rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import boot_trace
 import contenders
 import glance_nginx
 import machine
-import boot_trace
 from contenders import Contender, Opened
 from glance_nginx import NginxGlance, ServedImage
 

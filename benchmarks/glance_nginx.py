@@ -1,7 +1,7 @@
 """nginx as a stand-in for Glance's image API and, for the same bytes, as a plain web server.
 
-All contenders of a benchmark read from it through the same link, and it counts the bytes they took.  It answers
-ranges with 206 and exact bytes like Glance's file store; there is no authentication.
+All contenders of a benchmark read from it through the same link, and it counts the bytes they took.  It
+answers ranges with 206 and exact bytes like Glance's file store; there is no authentication.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import machine
+
 from lazyimg.core.identity import ImageRecord
 
 PORT = 8080
@@ -86,7 +87,8 @@ def serve_images(images: Sequence[ServedImage], folder: Path, *, is_shaped: bool
     # The shell waits for the line that says that the link is there; it then becomes nginx.
     shell = ["unshare", "--net"] * is_shaped + ["sh", "-c", 'echo; read _ && exec "$@"', "sh", *nginx]
     process = subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdin and process.stdout
+    assert process.stdin
+    assert process.stdout
     try:
         process.stdout.readline()
         if is_shaped:
@@ -169,15 +171,16 @@ def _glance_json(record: ImageRecord) -> dict[str, object]:
 
 
 def _config(images: Sequence[ServedImage], folder: Path, address: str, *, latency_s: float) -> str:
-    locations = []
+    wait = f"access_by_lua_block {{ ngx.sleep({latency_s}) }} " if latency_s else ""
+    locations = [f"location = /v2/images {{ {wait}alias {folder}/images.json; }}"]
     for image in images:
         path = f"/v2/images/{image.record.id}"
-        locations.append(f"location = {path} {{ alias {folder}/{image.record.id}.json; }}")
+        locations.append(f"location = {path} {{ {wait}alias {folder}/{image.record.id}.json; }}")
         if image.path is not None:
-            locations.append(
-                f"location = {path}/file {{ alias {image.path}; default_type application/octet-stream; }}"
-            )
-    wait = f"access_by_lua_block {{ ngx.sleep({latency_s}) }}" if latency_s else ""
+            body = f"alias {image.path}; default_type application/octet-stream;"
+            locations.append(f"location = {path}/file {{ {wait}{body} }}")
+    body = f"alias {folder}/plain/; autoindex on; default_type application/octet-stream;"
+    locations.append(f"location /plain/ {{ {wait}{body} }}")
     lines = "\n        ".join(locations)
     return f"""
 load_module {MODULES_DIR}/ndk_http_module.so;
@@ -198,9 +201,7 @@ http {{
         listen {address}:{PORT};
         default_type application/json;
         location = /server-status {{ stub_status; access_log off; }}
-        location = /v2/images {{ {wait} alias {folder}/images.json; }}
-        location /plain/ {{ {wait} alias {folder}/plain/; autoindex on; default_type application/octet-stream; }}
-        {lines.replace("{ alias", "{ " + wait + " alias")}
+        {lines}
     }}
 }}
 """

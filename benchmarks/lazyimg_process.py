@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+
 from lazyimg.core.identity import ImageRecord
 
 LAZYIMG = Path(sys.executable).with_name("lazyimg")
@@ -42,7 +43,7 @@ class Mounted:
 
 @contextlib.contextmanager
 def mount(endpoint: str, folder: Path) -> Iterator[Mounted]:
-    """Mount with cache, control socket and log in `folder` inside the block; it must be unmounted after it."""
+    """Mount inside the block, with cache, control socket and log in `folder`; after it nothing is mounted."""
     mountpoint = folder / "_base"
     mountpoint.mkdir(parents=True, exist_ok=True)
     control = folder / "control.sock"
@@ -53,7 +54,7 @@ def mount(endpoint: str, folder: Path) -> Iterator[Mounted]:
         def is_ready() -> bool:
             if process.poll() is not None:
                 sys.exit(f"lazyimg mount ended with {process.returncode}: {log.read_text().strip()}")
-            asked = [LAZYIMG, "status", "--json", "--control", control]
+            asked: list[str | Path] = [LAZYIMG, "status", "--json", "--control", control]
             return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
         machine.wait_until(is_ready, f"lazyimg status on {control}")

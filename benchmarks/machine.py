@@ -1,7 +1,7 @@
 """What every benchmark says first (machine, versions, command) and where it runs.
 
-A benchmark runs in network, mount and process namespaces of its own: whatever happens to it, no process, mount,
-interface or file of it outlives it, and its traffic cannot leave the machine.
+A benchmark runs in network, mount and process namespaces of its own: whatever happens to it, no process,
+mount, interface or file of it outlives it, and its traffic cannot leave the machine.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def _exit_on_signal(signum: int, _frame: FrameType | None) -> None:
 def print_machine(*tools: Sequence[str]) -> None:
     """Print machine, versions and command; each tool is a command line that prints its version."""
     print(f"command: {shlex.join([Path(sys.executable).name, *sys.argv])}")
-    print(f"machine: {os.cpu_count()} × {_cpu_model()}, {_memory_gib():.0f} GiB, Linux {platform.release()}")
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
+    cpus = f"{os.cpu_count()} CPUs {_cpu_model()}"
+    print(f"machine: {cpus}, {memory_gib:.0f} GiB, Linux {platform.release()}")
     packages = ("lazyimg", "pyfuse3", "trio", "httpx")
     versions = [
         f"Python {platform.python_version()}",
@@ -80,10 +82,6 @@ def _cpu_model() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
-
-
-def _memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
 
 
 def _first_line(command: Sequence[str]) -> str:

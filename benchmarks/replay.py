@@ -1,7 +1,7 @@
 """Replay a trace's reads one after the other and print seconds, latencies and a checksum as JSON.
 
-Runs under the system's Python, which has Debian's libnbd, and so imports nothing of the project.  One program for
-every contender: a file (O_DIRECT where asked) or an NBD server's Unix socket.
+Runs under the system's Python, which has Debian's libnbd, and so imports nothing of the project.  One program
+for every contender: a file (O_DIRECT where asked) or an NBD server's Unix socket.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def open_file(path: str, *, is_direct: bool) -> Read:
 
 def connect_nbd(socket_path: str) -> Read:
     """Return a reader of an NBD export on a Unix socket."""
-    import nbd  # Debian's python3-libnbd; the file mode must not need it.
+    import nbd  # type: ignore[import-not-found]  # Debian's python3-libnbd; the file mode must not need it.
 
     connection = nbd.NBD()
     connection.connect_unix(socket_path)
