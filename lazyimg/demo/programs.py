@@ -86,7 +86,7 @@ def started(
 
 
 def wait_first_line(process: subprocess.Popen[bytes], what: str, *, timeout_s: float) -> str:
-    """Return the first line a program prints on its standard output, a pipe; raise LazyImgError if none comes."""
+    """Return the first line a program prints into its pipe; raise LazyImgError if none comes."""
     assert process.stdout is not None
     deadline = time.monotonic() + timeout_s
     line = b""

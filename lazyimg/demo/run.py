@@ -1,7 +1,7 @@
 """The main job from end to end: a guest boots from an image that nobody has downloaded.
 
 Everything is done as an operator would do it: Glance over HTTP, lazyimg by its own commands, qemu on the
-files they made.  Each step has a deadline; at the end, good or bad, nothing is mounted, running or left on disk.
+files they made.  Each step has a deadline; at the end, good or bad, nothing is mounted, running or left over.
 """
 
 from __future__ import annotations
