@@ -6,7 +6,8 @@ Raises what the daemon raised, as the same class, and DaemonUnreachable where no
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import socket
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,11 +48,11 @@ class ControlClient:
         """Drop an image's chunks and return the bytes freed."""
         return int(self._ask("POST", "evict", image)["freed_bytes"])
 
-    def prefetch(self, image: str) -> Iterator[Progress]:
-        """Fetch all of an image; closing the iterator stops the work."""
+    def prefetch(self, image: str) -> Generator[Progress, None, None]:
+        """Fetch all of an image; closing the generator stops the work."""
         return self._watch("prefetch", image)
 
-    def verify(self, image: str) -> Iterator[Progress]:
+    def verify(self, image: str) -> Generator[Progress, None, None]:
         """Check an image's chunks and its source's hash; the last step has the verdict."""
         return self._watch("verify", image)
 
@@ -64,7 +65,7 @@ class ControlClient:
                     raise self._not_ours(f"more than {ANSWER_BYTES_MAX} bytes")
             return self._object(bytes(body))
 
-    def _watch(self, what: str, image: str) -> Iterator[Progress]:
+    def _watch(self, what: str, image: str) -> Generator[Progress, None, None]:
         # No limit between two steps: Glance may be away, and the work waits for it.
         with self._response("POST", what, image, timeout_s=None) as response:
             rest = b""
@@ -79,6 +80,7 @@ class ControlClient:
     def _response(
         self, method: str, what: str, image: str | None, *, timeout_s: float | None
     ) -> Iterator[httpx.Response]:
+        self._check_reachable()
         import httpx
 
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
@@ -91,8 +93,6 @@ class ControlClient:
                 client.stream(method, f"http://lazyimg/v1/{what}", params=params) as response,
             ):
                 yield response
-        except httpx.ConnectError as exc:
-            raise self._unreachable(exc) from exc
         except httpx.TimeoutException as exc:
             message = f"control socket {self._path}: no answer in time; see the daemon's log"
             raise DaemonUnreachable(message) from exc
@@ -100,18 +100,22 @@ class ControlClient:
             message = f"control socket {self._path}: the daemon went away; see its log, then try again"
             raise DaemonUnreachable(message) from exc
 
-    def _unreachable(self, exc: BaseException) -> DaemonUnreachable:
-        cause: BaseException | None = exc
-        while cause is not None:
-            if isinstance(cause, PermissionError):
-                return DaemonUnreachable(
+    def _check_reachable(self) -> None:
+        # httpx hides which error connect() had, and leaves the failed socket to the garbage collector.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(CONNECT_TIMEOUT_S)
+            try:
+                probe.connect(str(self._path))
+            except PermissionError as exc:
+                raise DaemonUnreachable(
                     f"control socket {self._path}: permission denied; run as its owner, or set control_group"
                     " and control_mode in the daemon's config"
-                )
-            cause = cause.__cause__ or cause.__context__
-        return DaemonUnreachable(
-            f"control socket {self._path}: no daemon answers; start it with lazyimg mount, or give --control"
-        )
+                ) from exc
+            except OSError as exc:
+                raise DaemonUnreachable(
+                    f"control socket {self._path}: no daemon answers ({exc.strerror or exc});"
+                    " start it with lazyimg mount, or give --control"
+                ) from exc
 
     def _object(self, body: bytes) -> dict[str, Any]:
         try:

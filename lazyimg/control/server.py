@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # Between two progress lines; a bar that moves five times a second looks smooth.
 PROGRESS_PAUSE_S = 0.2
+# unix(7): sun_path has 108 bytes, a zero at the end.  rename could make a longer name, which nobody reaches.
+SOCKET_PATH_BYTES_MAX = 107
 
 _Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
@@ -100,7 +102,9 @@ async def serve_control(
 def _listen(path: Path, mode: int, group: str | None) -> tuple[socket.socket, tuple[int, int]]:
     """Return a listening socket that has appeared at `path`, and its device and inode number."""
     gid = -1 if group is None else _group_id(group)
-    # In the same folder, so that rename is atomic; short, for sun_path holds 107 bytes.
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+        raise ConfigError(f"control socket {path}: path too long; give a shorter one with --control")
+    # In the same folder, so that rename is atomic.
     hidden = path.parent / f".{os.getpid()}.sock"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
