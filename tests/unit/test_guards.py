@@ -30,7 +30,7 @@ def run_session(tmp_path: Path) -> Run:
         environ = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(tmp_path)]
         result = subprocess.run(
-            command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=False
+            command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120, check=False
         )
         return result.returncode, result.stdout
 
