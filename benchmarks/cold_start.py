@@ -16,11 +16,13 @@ from pathlib import Path
 import boot_trace
 import contenders
 import glance_nginx
+import guest_boot
 import machine
 from contenders import Contender, Opened
 from glance_nginx import NginxGlance, ServedImage
 
 from lazyimg.core.identity import ImageRecord
+from lazyimg.demo.guest import Guest, build_guest, default_cache_dir
 
 HERE = Path(__file__).parent
 SYSTEM_PYTHON = "/usr/bin/python3"
@@ -69,10 +71,12 @@ def main() -> int:
     if unknown := [name for name in chosen if name not in contenders.PEERS]:
         parser.error(f"no peer {unknown[0]!r}; there are {names}")
     peers = [contenders.PEERS[name] for name in chosen]
-    return machine.run_isolated(lambda work_dir: measure(options, peers, work_dir), options.work_dir)
+    # Outside the isolated run, which cannot download its kernel; inside it is found where it was put.
+    guest = build_guest(default_cache_dir()) if options.boot else None
+    return machine.run_isolated(lambda work_dir: measure(options, peers, guest, work_dir), options.work_dir)
 
 
-def measure(options: argparse.Namespace, peers: list[Contender], work_dir: Path) -> int:
+def measure(options: argparse.Namespace, peers: list[Contender], guest: Guest | None, work_dir: Path) -> int:
     """Run all rounds and print the table; 1 if the target is missed."""
     machine.print_machine(*TOOLS)
     print(f"link: {' '.join(glance_nginx.TBF)}, {glance_nginx.LATENCY_S * 1e3:.0f} ms before each answer")
@@ -95,10 +99,8 @@ def measure(options: argparse.Namespace, peers: list[Contender], work_dir: Path)
                     run_once(way, results[way.name], server, image, reads, expected)
     print_table(results)
     missed = print_verdict(results, {way.name for way in peers})
-    if options.boot:
-        import guest_boot  # after the replay: it needs qemu and a guest, which the replay does not
-
-        guest_boot.measure(work_dir)
+    if guest is not None:
+        guest_boot.measure(guest, work_dir, options.rounds)
     return missed
 
 

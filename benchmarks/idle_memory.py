@@ -23,7 +23,8 @@ from lazyimg_process import Mounted
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES, chunk_count
 from lazyimg.core.identity import ImageRecord
 from lazyimg.store.cachedir import CacheDir
-from lazyimg.store.index import PAGE_CHUNKS, ImageEntry
+from lazyimg.store.entry import ImageEntry
+from lazyimg.store.index import PAGE_CHUNKS
 
 TARGET_MB = 120
 VIEW = "stored"
@@ -107,7 +108,8 @@ def fill_cache(images: list[ServedImage], cache_dir: Path) -> None:
         assert stored is not None
         sums = [zeros_sum] * chunks + [0] * (-chunks % PAGE_CHUNKS)
         pages = {
-            first // PAGE_CHUNKS: sums[first : first + PAGE_CHUNKS] for first in range(0, chunks, PAGE_CHUNKS)
+            page: sums[page * PAGE_CHUNKS : (page + 1) * PAGE_CHUNKS]
+            for page in range(len(sums) // PAGE_CHUNKS)
         }
         cache.index.commit(entry.key, stored.generation, pages, chunks)
     cache.close()
