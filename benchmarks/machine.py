@@ -1,7 +1,7 @@
 """What every benchmark says first (machine, versions, command) and where it runs.
 
 A benchmark runs in network, mount and process namespaces of its own: whatever happens to it, no process,
-mount, interface or file of it outlives it, and its traffic cannot leave the machine.
+mount or interface of it outlives it, and its traffic cannot leave the machine.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def run_isolated(benchmark: Callable[[Path], int], parent_dir: Path) -> int:
         sys.exit(f"{sys.argv[0]}: needs root for namespaces and /dev/fuse; run it as root")
     signal.signal(signal.SIGTERM, _exit_on_signal)
     with tempfile.TemporaryDirectory(prefix="lazyimg-bench-", dir=parent_dir) as work_dir:
-        # -u: a number shows when it was measured, also where the output goes into a file.
-        command = ["unshare", *NAMESPACES, sys.executable, "-u", *sys.argv]
+        # setpriv: the inner run ends with this process even when nobody could tell it to.  -u: a number shows
+        # when it was measured, also where the output goes into a file.
+        inner = [sys.executable, "-u", *sys.argv]
+        command = ["setpriv", "--pdeathsig", "KILL", "unshare", *NAMESPACES, *inner]
         process = subprocess.Popen(command, env={**os.environ, WORK_DIR_VARIABLE: work_dir})
         try:
             return process.wait()

@@ -1,7 +1,8 @@
 """Which read-ahead settings would make a recorded boot quick, by simulation and in a second?
 
-Runs lazyimg.core.readahead's own decisions over a trace, with a link of given latency and bandwidth.  It knows
-no CPU but a constant per read and per request: good for choosing between settings, not for promising seconds.
+Runs lazyimg.core.readahead's own decisions over a trace, with a link of given latency and bandwidth.  It
+knows no CPU but a constant per read and per request: good for choosing between settings, not for promising
+seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ HERE = Path(__file__).parent
 
 @dataclass
 class Link:
-    """Answers leave in the order of the requests; each begins a latency after it was asked, at the earliest."""
+    """Answers leave in the order of the requests; each begins a latency after it was asked, or later."""
 
     latency_s: float
     free_at_s: float = 0.0
@@ -115,9 +116,8 @@ def main() -> int:
         link = Link(options.latency_ms / 1e3)
         readahead = Readahead(int(random_kib) << 10, int(sequence_kib) << 10)
         seconds = Boot(trace, link, readahead, 8 << 20, 4, options.read_ms / 1e3).run()
-        print(
-            f"{random_kib:>11} {sequence_kib:>13} {seconds:8.2f} {link.sent_bytes / 1e6:8.1f} {link.requests:8}"
-        )
+        sent = f"{link.sent_bytes / 1e6:8.1f} {link.requests:8}"
+        print(f"{random_kib:>11} {sequence_kib:>13} {seconds:8.2f} {sent}")
     return 0
 
 
