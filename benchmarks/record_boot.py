@@ -1,9 +1,9 @@
 """Which bytes of its image does a Debian boot read, and in which order?
 
-Makes a Debian 12 with systemd in a 4 GiB raw image (mmdebstrap, mkfs.ext4 -d), boots it with its own kernel and
-initramfs on a qcow2 overlay, as a guest of lazyimg would, and records what reaches the image below the overlay:
-nbdkit serves it and its log filter notes each read.  Writes `traces/NAME.csv` and `traces/NAME-extents.csv`,
-which cold_start.py replays.
+Makes a Debian 12 with systemd in a 4 GiB raw image (mmdebstrap, mkfs.ext4 -d), boots it with its own kernel
+and initramfs on a qcow2 overlay, as a guest of lazyimg would, and records what reaches the image below the
+overlay: nbdkit serves it and its log filter notes each read.  Writes `traces/NAME.csv` and
+`traces/NAME-extents.csv`, which cold_start.py replays.
 
 Run as root: .venv/bin/python benchmarks/record_boot.py [NAME].  Needs Debian packages mmdebstrap, nbdkit,
 e2fsprogs, qemu-utils, qemu-system-x86; takes two minutes.

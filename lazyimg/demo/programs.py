@@ -71,8 +71,9 @@ def started(
     Still running then, it is asked to end with SIGTERM and `stop_timeout_s` to do so (0: not asked), then
     killed.  `env` is added to the environment.
     """
+    program = _path_of(str(argv[0]))
     process = subprocess.Popen(
-        [_path_of("setpriv"), "--pdeathsig", "TERM", "--", _path_of(str(argv[0])), *map(str, argv[1:])],
+        [_path_of("setpriv"), "--pdeathsig", "TERM", "--", program, *map(str, argv[1:])],
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,
