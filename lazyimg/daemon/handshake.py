@@ -50,7 +50,9 @@ def read_init(fuse_fd: int) -> bytes:
     request = os.read(fuse_fd, _READ_BYTES)
     _, opcode, *_ = _IN_HEADER.unpack_from(request)
     if opcode != FUSE_INIT:
-        raise MountFailed(f"the kernel's first request has opcode {opcode}, not FUSE_INIT; unmount and mount again")
+        raise MountFailed(
+            f"the kernel's first request has opcode {opcode}, not FUSE_INIT; unmount and mount again"
+        )
     return request
 
 

@@ -71,7 +71,9 @@ def check_mountpoint(mountpoint: Path) -> None:
     kind = mounted_type(mountpoint)
     if kind is not None:
         if kind != FILE_SYSTEM_TYPE:
-            raise InUse(f"mountpoint {mountpoint}: a {kind} file system is mounted there; choose another folder")
+            raise InUse(
+                f"mountpoint {mountpoint}: a {kind} file system is mounted there; choose another folder"
+            )
         if is_alive(mountpoint):
             raise InUse(f"mountpoint {mountpoint}: lazyimg is mounted there; `lazyimg umount` it first")
         detach(mountpoint)
@@ -103,7 +105,9 @@ def umount(mountpoint: Path, *, lazy: bool = False) -> None:
     mountpoint = Path(os.path.abspath(mountpoint))
     kind = mounted_type(mountpoint)
     if kind != FILE_SYSTEM_TYPE:
-        raise MountFailed(f"mountpoint {mountpoint}: lazyimg is not mounted there; see `mount -t fuse.lazyimg`")
+        raise MountFailed(
+            f"mountpoint {mountpoint}: lazyimg is not mounted there; see `mount -t fuse.lazyimg`"
+        )
     if lazy:
         detach(mountpoint)
         return

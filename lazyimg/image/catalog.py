@@ -1,0 +1,411 @@
+"""Which names stand for which images, and whether they may be shown.
+
+A name appears only after its image's first bytes have arrived and passed `core.header.judge` (I8).  What is
+known here never waits for Glance; what is not is decided in the background, one decision a name, and whoever
+asks waits for it no longer than `lookup_timeout` (I6).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
+
+import trio
+
+from lazyimg.core.header import HEAD_SIZE_BYTES, Verdict, judge
+from lazyimg.core.identity import BASE_NAME_OF_NOTHING, ImageRecord, base_name, is_image_id
+from lazyimg.errors import (
+    GlanceUnavailable,
+    ImageForbidden,
+    ImageNotFound,
+    ImageRefused,
+    InUse,
+    LazyImgError,
+    LookupUndecided,
+)
+from lazyimg.image.fetcher import Glance
+from lazyimg.image.lazyimage import LazyImage
+from lazyimg.store.cachedir import CacheDir
+from lazyimg.store.chunkfile import ChunkFile
+from lazyimg.store.entry import ImageEntry
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+# Names without an image, and refusals, remembered at once.
+NEGATIVE_MAX = 10_000
+REFUSALS_MAX = 1000
+# Stands for a view in the inode numbers of links.
+LINK = "link"
+# An open or a release that follows the last by less than this does not change `last_used` on disk.
+USED_INTERVAL_S = 60
+
+
+class GlanceCatalog(Glance, Protocol):
+    """What the catalog needs of Glance beyond what the fetcher needs."""
+
+    async def list_images(self) -> list[ImageRecord]: ...
+
+
+@dataclass(slots=True)
+class _Decision:
+    """What is being found out about one name."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    image: LazyImage | None = None
+    error: LazyImgError | None = None
+
+
+class Catalog:
+    """All images that have a name here, and the way others get one."""
+
+    def __init__(
+        self,
+        glance: GlanceCatalog,
+        cache: CacheDir,
+        make_image: Callable[[ImageRecord, ChunkFile], LazyImage],
+        nursery: trio.Nursery,
+        limiter: trio.CapacityLimiter,
+        *,
+        view: str,
+        lookup_timeout_s: float,
+        image_list_ttl_s: float,
+        negative_ttl_s: float,
+    ) -> None:
+        self._glance = glance
+        self._cache = cache
+        self._make_image = make_image
+        self._nursery = nursery
+        self._limiter = limiter
+        self._view = view
+        self._lookup_timeout_s = lookup_timeout_s
+        self._image_list_ttl_s = image_list_ttl_s
+        self._negative_ttl_s = negative_ttl_s
+        # Published: key by name, images by key; an image is opened when it is first needed.
+        self._keys: dict[str, str] = {}
+        self._keys_by_inode: dict[int, str] = {}
+        self._link_targets: dict[int, str] = {}
+        self._images: dict[str, LazyImage] = {}
+        self._opening: dict[str, trio.Lock] = {}
+        for entry in sorted(cache.index.entries(), key=lambda entry: entry.last_used_s):
+            if entry.view == view:
+                self._publish(entry)
+        # Asked and not published.
+        self._decisions: dict[str, _Decision] = {}
+        self._deadline: float | None = None
+        self._absent_until: dict[str, float] = {}
+        self._refusals: dict[str, tuple[ImageRecord, ImageRefused]] = {}
+        self._listed: dict[str, ImageRecord] = {}
+        self._listed_at = float("-inf")
+        self._list_lock = trio.Lock()
+
+    # ── by name ──
+
+    async def lookup(self, name: str) -> LazyImage | None:
+        """Return the image of a base name or an image id, None if there is none to show.
+
+        Raises LookupUndecided if that is not known in time; the work goes on.
+        """
+        if name == BASE_NAME_OF_NOTHING:
+            return None
+        key = self._keys.get(base_name(name) if is_image_id(name) else name)
+        if key is not None:
+            return await self.image_of(key)
+        if trio.current_time() < self._absent_until.get(name, 0):
+            return None
+        decision = self._decide(name)
+        # All who wait at once share one limit: a folder's lock is held while any of them does.
+        if self._deadline is None:
+            self._deadline = trio.current_time() + self._lookup_timeout_s
+        try:
+            with trio.move_on_at(self._deadline):
+                await decision.done.wait()
+        finally:
+            if not any(not one.done.is_set() for one in self._decisions.values()) or (
+                self._deadline is not None and trio.current_time() >= self._deadline
+            ):
+                self._deadline = None
+        if not decision.done.is_set() or decision.error is not None:
+            reason = decision.error or "Glance did not answer in time"
+            raise LookupUndecided(f"{name}: not decided yet ({reason}); look it up again")
+        return decision.image
+
+    async def find(self, image: str) -> LazyImage:
+        """Return the image with this id, or with this name if only one has it.
+
+        Raises ImageNotFound, ImageRefused with the reason, or GlanceUnavailable.
+        """
+        if not is_image_id(image):
+            return await self._find_by_name(image)
+        known = self._entry_of_id(image)
+        try:
+            record = await self._glance.image(image)
+        except GlanceUnavailable:
+            if known is None:
+                raise
+            return await self.image_of(known.key)
+        except (ImageNotFound, ImageForbidden):
+            if known is None:
+                raise
+            await self._mark(known, state="gone")
+            found = await self.image_of(known.key)
+            if not found.is_whole:
+                raise
+            return found
+        return await self._present(record)
+
+    async def _find_by_name(self, name: str) -> LazyImage:
+        known = {e.record.id: e.record for e in self._entries() if e.record.name == name}
+        try:
+            await self._list(is_fresh_enough=lambda: False)
+            records = {r.id: r for r in self._listed.values() if name in (r.name, r.id)}
+        except GlanceUnavailable:
+            if not known:
+                raise
+            records = known
+        if not records:
+            raise ImageNotFound(
+                f"image {name!r}: Glance has none of that id or name; see `openstack image list`"
+            )
+        if len(records) > 1:
+            raise ImageNotFound(f"image {name!r}: {len(records)} images have that name; give an id")
+        return (
+            await self.find(next(iter(records)))
+            if records is known
+            else await self._present(next(iter(records.values())))
+        )
+
+    # ── by inode and key ──
+
+    def key_of_inode(self, inode: int) -> str | None:
+        return self._keys_by_inode.get(inode)
+
+    async def image_of(self, key: str) -> LazyImage:
+        """Return a published image, opening its chunk file if that is not open.  Raises KeyError or OSError."""
+        image = self._images.get(key)
+        if image is not None:
+            return image
+        async with self._opening.setdefault(key, trio.Lock()):
+            image = self._images.get(key)
+            if image is None:
+                entry = self._cache.index.get(key)
+                if entry is None:
+                    raise KeyError(key)
+                file = await self._in_thread(self._cache.open_image, key)
+                image = self._images[key] = self._make_image(entry.record, file)
+        return image
+
+    def entry_of(self, image: LazyImage) -> ImageEntry | None:
+        return self._cache.index.get(image.record.key(self._view))
+
+    # ── all of them ──
+
+    def open_images(self) -> list[LazyImage]:
+        """Return the images whose chunk file is open."""
+        return list(self._images.values())
+
+    def entries(self) -> list[tuple[ImageEntry, LazyImage | None]]:
+        """Return what the index has of each published image, with the image itself if it is open."""
+        return [(entry, self._images.get(entry.key)) for entry in self._entries()]
+
+    def refusals(self) -> list[tuple[ImageRecord, str]]:
+        """Return the images that are not shown, with the reason."""
+        return [(record, str(reason)) for record, reason in self._refusals.values()]
+
+    def names_in_use(self) -> dict[str, str]:
+        """Return the base names that a listing shows, those used here, with their keys."""
+        return {entry.record.base_name: entry.key for entry in self._entries() if entry.in_use}
+
+    def link_inode(self, image: LazyImage) -> int:
+        """Return the inode number of the image's <uuid> link."""
+        return image.record.inode(LINK)
+
+    def link_target(self, inode: int) -> str | None:
+        """Return where the link with this inode number points to, None if there is no such link."""
+        return self._link_targets.get(inode)
+
+    # ── changes ──
+
+    async def used(self, image: LazyImage) -> None:
+        """Note that the image is used now; its first use gives it its mtime and a place in the listing."""
+        entry = self.entry_of(image)
+        if entry is None:
+            return
+        now_s = time.time()
+        if not entry.in_use:
+            await self._mark(entry, last_used_s=now_s, in_use=True, mtime_ns=entry.mtime_ns or int(now_s * 1e9))
+        elif now_s - entry.last_used_s > USED_INTERVAL_S:
+            await self._mark(entry, last_used_s=now_s)
+
+    async def set_mtime(self, image: LazyImage, mtime_ns: int) -> None:
+        """Keep an mtime, across restarts; the image is in use from here on."""
+        entry = self.entry_of(image)
+        if entry is not None:
+            await self._mark(entry, mtime_ns=mtime_ns, in_use=True)
+
+    def busy_keys(self) -> set[str]:
+        """Return the images that must not be dropped now: open, being fetched, or all that is left of them."""
+        busy = {key for key, image in self._images.items() if image.open_handles or not image.fetcher.is_idle}
+        return busy | {entry.key for entry in self._cache.index.entries() if entry.state == "gone"}
+
+    async def evict(self, key: str) -> int:
+        """Drop an image's chunks; return the bytes freed.
+
+        Raises InUse where it is open, ImageRefused where Glance no longer has it, GlanceUnavailable where that
+        cannot be found out.
+        """
+        entry = self._cache.index.get(key)
+        if entry is None:
+            return 0
+        image_id = entry.record.id
+        try:
+            await self._glance.image(image_id)
+        except (ImageNotFound, ImageForbidden) as exc:
+            await self._mark(entry, state="gone")
+            raise ImageRefused(
+                f"image {image_id}: kept, Glance no longer has it: what is here is all there is"
+            ) from exc
+        async with self._opening.setdefault(key, trio.Lock()):
+            image = self._images.get(key)
+            if image is not None and image.open_handles:
+                raise InUse(f"image {image_id}: open by {image.open_handles} handles; end its guests first")
+            # From here on nobody finds it; synchronous with the check.
+            self._images.pop(key, None)
+            if self._keys.get(entry.record.base_name) == key:
+                del self._keys[entry.record.base_name]
+            if image is not None:
+                image.fetcher.stop()
+            freed_bytes = await self._in_thread(self._cache.allocated_bytes, key)
+            await self._in_thread(self._cache.remove_image, key)
+        logger.info("image %s: dropped from the cache, %d bytes freed", image_id, freed_bytes)
+        return freed_bytes
+
+    async def try_evict(self, key: str) -> bool:
+        """Drop an image to make room; False if it may not be dropped after all."""
+        try:
+            await self.evict(key)
+        except LazyImgError as exc:
+            logger.info("not dropped: %s", exc)
+            return False
+        return True
+
+    # ── decisions ──
+
+    def _decide(self, name: str) -> _Decision:
+        decision = self._decisions.get(name)
+        if decision is None:
+            decision = self._decisions[name] = _Decision()
+            self._nursery.start_soon(self._run_decision, name, decision)
+        return decision
+
+    async def _run_decision(self, name: str, decision: _Decision) -> None:
+        try:
+            record = await (self._glance.image(name) if is_image_id(name) else self._record_of(name))
+            decision.image = await self._present(record)
+        except (ImageNotFound, ImageRefused) as exc:
+            if isinstance(exc, ImageRefused):
+                logger.info("not shown: %s", exc)
+            self._remember_absent(name)
+        except LazyImgError as exc:
+            decision.error = exc
+        except Exception as exc:
+            logger.exception("deciding on %s failed in an unforeseen way", name)
+            decision.error = LookupUndecided(f"internal error: {exc!r}")
+        finally:
+            del self._decisions[name]
+            decision.done.set()
+
+    async def _record_of(self, name: str) -> ImageRecord:
+        asked_at = trio.current_time()
+        listed = self._listed.get(name)
+        if listed is None:
+            # One list answers all who asked before it was begun.
+            await self._list(is_fresh_enough=lambda: self._listed_at >= asked_at)
+            listed = self._listed.get(name)
+        if listed is None:
+            raise ImageNotFound(f"{name}: no image of Glance's has this name")
+        return await self._glance.image(listed.id)
+
+    async def _list(self, is_fresh_enough: Callable[[], bool]) -> None:
+        async with self._list_lock:
+            if is_fresh_enough():
+                return
+            began_at = trio.current_time()
+            self._listed = {record.base_name: record for record in await self._glance.list_images()}
+            self._listed_at = began_at
+
+    async def _present(self, record: ImageRecord) -> LazyImage:
+        """Return the image of this record, published; judge it first if it is not.  Raises ImageRefused."""
+        key = record.key(self._view)
+        if self._keys.get(record.base_name) == key:
+            return await self.image_of(key)
+        refusal = self._refusals.get(record.id)
+        if refusal is not None and refusal[0].key(self._view) == key and refusal[0].status == record.status:
+            raise ImageRefused(str(refusal[1])) from refusal[1]
+        if record.status != "active" or record.size_bytes is None:
+            raise self._refused(
+                record, ImageRefused(f"image {record.id}: its status is {record.status}; it must be active")
+            )
+        now_s = time.time()
+        entry = ImageEntry(record, self._view, record.size_bytes, last_used_s=now_s, state="judging")
+        await self._in_thread(self._cache.index.put, entry)
+        image = await self.image_of(key)
+        try:
+            head = await image.read(0, HEAD_SIZE_BYTES, for_lookup=True)
+            self._judge(head, record)
+        except ImageRefused as exc:
+            self._images.pop(key, None)
+            image.fetcher.stop()
+            await self._in_thread(self._cache.remove_image, key)
+            raise self._refused(record, exc) from exc
+        await self._mark(entry, state="active")
+        self._refusals.pop(record.id, None)
+        self._publish(entry)
+        return image
+
+    def _judge(self, head: bytes, record: ImageRecord) -> Verdict:
+        return judge(head, record, self._view)
+
+    def _refused(self, record: ImageRecord, reason: ImageRefused) -> ImageRefused:
+        self._refusals[record.id] = (record, reason)
+        while len(self._refusals) > REFUSALS_MAX:
+            del self._refusals[next(iter(self._refusals))]
+        return reason
+
+    def _remember_absent(self, name: str) -> None:
+        now = trio.current_time()
+        if len(self._absent_until) >= NEGATIVE_MAX:
+            self._absent_until = {n: until for n, until in self._absent_until.items() if until > now}
+        if len(self._absent_until) < NEGATIVE_MAX:
+            self._absent_until[name] = now + self._negative_ttl_s
+
+    # ── entries ──
+
+    def _publish(self, entry: ImageEntry) -> None:
+        if entry.state == "judging":
+            return
+        self._keys[entry.record.base_name] = entry.key
+        self._keys_by_inode[entry.record.inode(self._view)] = entry.key
+        self._link_targets[entry.record.inode(LINK)] = entry.record.base_name
+
+    def _entries(self) -> list[ImageEntry]:
+        found = (self._cache.index.get(key) for key in self._keys.values())
+        return [entry for entry in found if entry is not None]
+
+    def _entry_of_id(self, image_id: str) -> ImageEntry | None:
+        key = self._keys.get(base_name(image_id))
+        return None if key is None else self._cache.index.get(key)
+
+    async def _mark(self, entry: ImageEntry, **changes: object) -> None:
+        """Change fields of an entry durably; a failing disk costs their durability, not the guest."""
+        current = self._cache.index.get(entry.key) or entry
+        try:
+            await self._in_thread(self._cache.index.put, replace(current, **changes))  # type: ignore[arg-type]
+        except OSError as exc:
+            logger.warning("image %s: its index entry was not stored: %s", entry.record.id, exc)
+
+    async def _in_thread(self, function: Callable[..., _T], *args: object) -> _T:
+        return await trio.to_thread.run_sync(function, *args, limiter=self._limiter)

@@ -1,0 +1,199 @@
+"""One image as guests see it: what is present is read from its chunk file, what is absent is fetched.
+
+Guards I1: a read returns exactly the image's bytes or raises; absence and damage lead to a fetch, never to zeros.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import trio
+
+from lazyimg.core.chunks import CHUNK_SIZE_BYTES, chunk_range, chunks_of
+from lazyimg.core.identity import ImageRecord
+from lazyimg.errors import ChunkAbsent, ChunkDamaged
+from lazyimg.image.fetcher import Fetcher, FetchStatistics
+from lazyimg.image.prefetcher import Prefetcher
+from lazyimg.store.chunkfile import ChunkFile
+
+logger = logging.getLogger(__name__)
+
+# A chunk may be dropped as damaged between its fetch and its read; that it happens again and again to one read
+# means that the cache disk cannot be used, and the bytes are served from memory.
+READ_ROUNDS_MAX = 3
+# Fetched in one go by `prefetch`; as many requests as background work may have out.
+PREFETCH_BYTES = 32 << 20
+
+SourceHash = Literal["match", "mismatch", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStatistics:
+    """A snapshot; bytes are of what is presented, but for fetched_bytes."""
+
+    present_bytes: int
+    open_handles: int
+    fetch: FetchStatistics
+
+
+class LazyImage:
+    """An image that can be read as if it were here."""
+
+    def __init__(
+        self,
+        record: ImageRecord,
+        inode: int,
+        file: ChunkFile,
+        fetcher: Fetcher,
+        prefetcher: Prefetcher,
+        read_limiter: trio.CapacityLimiter,
+        write_limiter: trio.CapacityLimiter,
+        hash_limiter: trio.CapacityLimiter,
+    ) -> None:
+        self.record = record
+        self.inode = inode
+        self.size_bytes = file.size_bytes
+        self.fetcher = fetcher
+        self.open_handles = 0
+        self._file = file
+        self._prefetcher = prefetcher
+        self._read_limiter = read_limiter
+        self._write_limiter = write_limiter
+        self._hash_limiter = hash_limiter
+
+    @property
+    def is_whole(self) -> bool:
+        return self._file.is_whole
+
+    @property
+    def is_dirty(self) -> bool:
+        """True if chunks were written and are not durable yet."""
+        return self._file.written_count > 0
+
+    @property
+    def present_bytes(self) -> int:
+        return min(self._file.present_count * CHUNK_SIZE_BYTES, self.size_bytes)
+
+    def statistics(self) -> ImageStatistics:
+        """Return a snapshot of this image's state and counters."""
+        return ImageStatistics(self.present_bytes, self.open_handles, self.fetcher.statistics())
+
+    def opened(self) -> None:
+        """A handle was opened."""
+        self.open_handles += 1
+
+    def closed(self) -> None:
+        """A handle was released; with the last one, nothing more is fetched ahead."""
+        self.open_handles = max(0, self.open_handles - 1)
+        if not self.open_handles:
+            self.fetcher.abandon_background()
+
+    def read_nowait(self, start: int, size_bytes: int) -> bytes | None:
+        """Return the bytes if they are present, proven and in the page cache, else None: await `read`."""
+        stop = min(start + size_bytes, self.size_bytes)
+        if start >= stop:
+            return b""
+        data = self._file.read_nowait(start, stop)
+        if data is not None and not self._file.is_whole:
+            ahead = self._prefetcher.after_hit(start, stop)
+            if ahead:
+                self.fetcher.want_background(ahead)
+        return data
+
+    async def read(self, start: int, size_bytes: int, *, for_lookup: bool = False) -> bytes:
+        """Return `[start, start + size_bytes)`, less only at the image's end, waiting for what is absent.
+
+        Raises ReadTimeout, ImageNotFound, ImageForbidden; see Fetcher.fetch.
+        """
+        stop = min(start + size_bytes, self.size_bytes)
+        chunks = chunks_of(start, stop)
+        fetched: dict[int, bytes] = {}
+        for attempt in range(READ_ROUNDS_MAX + 1):
+            # In the last round the disk is not asked any more.
+            absent = list(chunks) if attempt == READ_ROUNDS_MAX else await self._absent(chunks)
+            missing = [chunk for chunk in absent if chunk not in fetched]
+            if missing:
+                ahead = [] if for_lookup else self._prefetcher.after_miss(start, stop)
+                # No `await` between `_absent` and here: a chunk that arrives meanwhile would be fetched twice.
+                fetched.update(await self.fetcher.fetch(missing, ahead=ahead, for_lookup=for_lookup))
+            try:
+                return await self._assemble(start, stop, fetched)
+            except (ChunkAbsent, ChunkDamaged):
+                continue
+            except OSError as exc:
+                logger.warning("image %s: the cache disk failed a read: %s", self.record.id, exc)
+                fetched.update(await self.fetcher.fetch([c for c in chunks if c not in fetched]))
+        return await self._assemble(start, stop, fetched)
+
+    async def prefetch(self) -> AsyncIterator[int]:
+        """Fetch all that is absent, in the background; yield the bytes of the image gone through so far."""
+        for start in range(0, self.size_bytes, PREFETCH_BYTES):
+            stop = min(start + PREFETCH_BYTES, self.size_bytes)
+            absent = await self._absent(chunks_of(start, stop))
+            if absent:
+                await self.fetcher.fetch(absent, urgent=False)
+            yield stop
+
+    async def commit(self) -> None:
+        """Make what was written durable.  A failure is logged: those chunks are fetched again."""
+        try:
+            await trio.to_thread.run_sync(self._file.commit, limiter=self._write_limiter)
+        except OSError as exc:
+            logger.warning("image %s: the cache disk failed to sync: %s", self.record.id, exc)
+
+    async def verify(self, report: Callable[[int, int], None]) -> tuple[int, SourceHash]:
+        """Check every present chunk, and the source's hash where all are present and Glance gave one.
+
+        Returns how many chunks were damaged, all dropped by now, and the outcome of the hash.  `report` is
+        called with bytes done and to do; cancellation ends the work at its next call.
+        """
+
+        def step(done_chunks: int, total_chunks: int) -> None:
+            trio.from_thread.check_cancelled()
+            trio.from_thread.run_sync(report, done_chunks * CHUNK_SIZE_BYTES, total_chunks * CHUNK_SIZE_BYTES)
+
+        def check() -> tuple[int, SourceHash]:
+            _, damaged = self._file.verify(step)
+            if (
+                damaged
+                or not self._file.is_whole
+                or not self.record.os_hash_value
+                or not self.record.os_hash_algo
+            ):
+                return len(damaged), "unknown"
+            digest = self._file.hash_source(self.record.os_hash_algo, step)
+            return 0, "match" if digest == self.record.os_hash_value else "mismatch"
+
+        return await trio.to_thread.run_sync(check, limiter=self._hash_limiter)
+
+    async def _absent(self, chunks: range) -> list[int]:
+        absent = self._file.absent_nowait(chunks)
+        while absent is None:
+            await trio.to_thread.run_sync(self._file.absent, chunks, limiter=self._read_limiter)
+            absent = self._file.absent_nowait(chunks)
+        return absent
+
+    async def _assemble(self, start: int, stop: int, fetched: dict[int, bytes]) -> bytes:
+        """Join the range from what was fetched and what is on file.  Raises ChunkAbsent, ChunkDamaged, OSError."""
+        parts: list[bytes] = []
+        at = start
+        while at < stop:
+            chunk = at // CHUNK_SIZE_BYTES
+            data = fetched.get(chunk)
+            chunk_start, chunk_stop = chunk_range(chunk, self.size_bytes)
+            if data is not None:
+                part_stop = min(chunk_stop, stop)
+                parts.append(data[at - chunk_start : part_stop - chunk_start])
+            else:
+                part_stop = chunk_stop
+                while part_stop < stop and part_stop // CHUNK_SIZE_BYTES not in fetched:
+                    part_stop += CHUNK_SIZE_BYTES
+                part_stop = min(part_stop, stop)
+                parts.append(
+                    await trio.to_thread.run_sync(self._file.read, at, part_stop, limiter=self._read_limiter)
+                )
+            at = part_stop
+        return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,0 +1,66 @@
+"""Limits that all images share: flights at once, and bytes received but not yet written.
+
+Guards I4: no background flight starts while an urgent want waits for a slot; and I5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+
+class FlightSlots:
+    """How many requests are out at once, over all images; urgent ones are served first."""
+
+    def __init__(self, requests_max: int, background_requests_max: int) -> None:
+        self._free = requests_max
+        self._background_free = background_requests_max
+        # Who to call when a slot is free, in the order of asking; a dict so that nobody stands in it twice.
+        self._urgent_waiting: dict[Callable[[], None], None] = {}
+        self._background_waiting: dict[Callable[[], None], None] = {}
+
+    def take_nowait(self, *, urgent: bool, when_free: Callable[[], None]) -> bool:
+        """Take a slot, or return False and call `when_free` once when it is worth trying again."""
+        if urgent:
+            if self._free:
+                self._free -= 1
+                return True
+            self._urgent_waiting[when_free] = None
+            return False
+        if self._free and self._background_free and not self._urgent_waiting:
+            self._free -= 1
+            self._background_free -= 1
+            return True
+        self._background_waiting[when_free] = None
+        return False
+
+    def give_back(self, *, urgent: bool) -> None:
+        """Return a slot and let the next in turn take it."""
+        self._free += 1
+        if not urgent:
+            self._background_free += 1
+        waiting = self._urgent_waiting or self._background_waiting
+        if waiting:
+            when_free = next(iter(waiting))
+            del waiting[when_free]
+            when_free()
+
+
+class ByteBudget:
+    """Bytes received and not yet written; who receives more waits until some are written."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._taken = 0
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    async def take(self, size_bytes: int) -> None:
+        """Wait until there is room; one taker that is larger than everything goes through alone."""
+        while self._taken and self._taken + size_bytes > self._bytes_max:
+            await self._waiting.park()
+        self._taken += size_bytes
+
+    def give_back(self, size_bytes: int) -> None:
+        self._taken -= size_bytes
+        self._waiting.unpark_all()
