@@ -34,7 +34,7 @@ _BLOB_COUNT = 60
 _BLOB_SIZE_BYTES = 4 << 20
 # The guest reads every 12th file: about 29 MB, what a real Debian boot reads, 2 s of sha256 under TCG.
 _CHECKED_EVERY = 12
-# So that the same content gives the same disk.
+# So that two builds give the same disk but for the inodes' change times, which nobody can set.
 _FIXED_UUID = "6c617a79-696d-4167-8000-000000000001"
 _FIXED_TIME_S = 1_700_000_000
 
@@ -166,18 +166,26 @@ def _download(folder: Path) -> list[Path]:
         *("-q", "-o", f"Dir::State::Lists={folder}/lists", "-o", f"Dir::Cache={folder}"),
         *("-o", "APT::Sandbox::User=root", "-o", "Acquire::Languages=none"),
     ]
-    run_program(["apt-get", *options, "update"], timeout_s=_PACKAGE_TIMEOUT_S)
-    # The package is an empty one that depends on the kernel of the day.
-    shown = run_program(
-        ["apt-cache", *options, "show", "--no-all-versions", _KERNEL_PACKAGE], timeout_s=_PACKAGE_TIMEOUT_S
-    )
+    run_program(["apt-get", "update", *options], timeout_s=_PACKAGE_TIMEOUT_S)
+    # The package is an empty one that depends on the kernel of the day.  A source that apt cannot reach is
+    # only a warning to it, and then a package is missing.
+    try:
+        shown = run_program(
+            ["apt-cache", "show", "--no-all-versions", *options, _KERNEL_PACKAGE],
+            timeout_s=_PACKAGE_TIMEOUT_S,
+        )
+    except LazyImgError as exc:
+        raise LazyImgError(
+            f"{_KERNEL_PACKAGE}: apt finds no such package; see that Debian's mirror is among its sources "
+            "and can be reached (apt-get update)"
+        ) from exc
     names = re.findall(r"^Depends:.*?(linux-image-\d\S*-cloud-amd64)", shown, re.MULTILINE)
     if not names:
-        raise LazyImgError(f"{_KERNEL_PACKAGE}: no such package in this machine's apt sources; add Debian's")
-    # apt-get download writes into the current folder; env is the one program that changes it for another.
+        raise LazyImgError(f"{_KERNEL_PACKAGE}: depends on no kernel; this machine's apt sources are odd")
     run_program(
-        ["env", "-C", folder, "apt-get", *options, "download", names[0], "busybox-static"],
+        ["apt-get", "download", *options, names[0], "busybox-static"],
         timeout_s=_PACKAGE_TIMEOUT_S,
+        cwd=folder,
     )
     return sorted(folder.glob("*.deb"))
 

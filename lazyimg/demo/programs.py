@@ -37,14 +37,20 @@ def require_programs(*names: str) -> None:
         _path_of(name)
 
 
-def run_program(argv: Sequence[str | Path], *, timeout_s: float, env: Mapping[str, str] | None = None) -> str:
+def run_program(
+    argv: Sequence[str | Path],
+    *,
+    timeout_s: float,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> str:
     """Run to the end and return what was printed on standard output.
 
     Raises LazyImgError when the program is missing, fails (with its last line of standard error) or takes
     longer than `timeout_s`; it is then dead, and so is what it started.
     """
     name = _shown(argv)
-    with started(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
+    with started(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, cwd=cwd) as process:
         try:
             stdout, stderr = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired as exc:
@@ -64,6 +70,7 @@ def started(
     stdout: int,
     stderr: int,
     env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
     stop_timeout_s: float = 0,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program for the length of the block; at its end it is dead, and so is its process group.
@@ -78,6 +85,7 @@ def started(
         stdout=stdout,
         stderr=stderr,
         env={**os.environ, **(env or {})},
+        cwd=cwd,
         process_group=0,
     )
     try:
@@ -136,5 +144,5 @@ def _path_of(name: str) -> str:
 
 
 def _shown(argv: Sequence[str | Path]) -> str:
-    """Return program and first words, as an error message names a command."""
-    return " ".join([Path(argv[0]).name, *(str(word) for word in argv[1:3])])
+    """Return the program and its subcommand if it has one, as an error message names a command."""
+    return " ".join([Path(argv[0]).name, *(str(word) for word in argv[1:2] if str(word)[0] not in "-/")])
