@@ -25,7 +25,7 @@ from lazyimg.errors import CacheUnusable, InUse
 from lazyimg.store.chunkfile import READ_BYTES_MAX, ChunkFile
 from lazyimg.store.entry import ImageEntry
 from lazyimg.store.index import Index, IndexDamaged
-from lazyimg.store.presence import PageLimit
+from lazyimg.store.presence import PAGES_MAX, PageLimit
 
 FORMAT_VERSION = "1"
 # Evidence for a human, not worth more than this of the cache's disk.
@@ -40,7 +40,7 @@ class CacheDir:
 
     index: Index
 
-    def __init__(self, path: Path, lock_fd: int | None = None) -> None:
+    def __init__(self, path: Path, lock_fd: int | None = None, *, pages_max: int = PAGES_MAX) -> None:
         """Open or create the folder.
 
         lock_fd: a descriptor of its `lock` file that is locked already, handed over by another process; owned
@@ -49,7 +49,7 @@ class CacheDir:
         self.path = path
         self._chunks = path / "chunks"
         self._aside = path / "aside"
-        self._limit = PageLimit()
+        self._limit = PageLimit(pages_max)
         self._buffer = memoryview(bytearray(READ_BYTES_MAX))
         self._open: dict[str, ChunkFile] = {}
         # Held while a file is opened or removed, so that no image ever has two ChunkFiles.
@@ -215,7 +215,7 @@ def _lock(path: Path, lock_fd: int | None) -> int:
         else lock_fd
     )
     try:
-        if not os.path.samestat(os.fstat(fd), os.stat(path)):
+        if not path.exists() or not os.path.samestat(os.fstat(fd), path.stat()):
             raise CacheUnusable(f"cache folder {path.parent}: the lock handed over is not this folder's")
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(fd, 0)

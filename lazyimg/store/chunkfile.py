@@ -121,11 +121,13 @@ class ChunkFile:
         """
         assert 0 <= start <= stop <= self.size_bytes, (start, stop, self.size_bytes)
         chunks = chunks_of(start, stop)
-        states = self._presence.states(chunks)
-        if ABSENT in states:
-            absent = [chunks[i] for i, state in enumerate(states) if state == ABSENT]
-            raise ChunkAbsent(f"{self.path.name}: {len(absent)} chunks from {absent[0]} are absent", absent)
         with self._in_use() as fd:
+            states = self._presence.states(chunks)
+            if ABSENT in states:
+                absent = [chunks[i] for i, state in enumerate(states) if state == ABSENT]
+                raise ChunkAbsent(
+                    f"{self.path.name}: {len(absent)} chunks from {absent[0]} are absent", absent
+                )
             if states.count(PROVEN) == len(states):
                 data, damaged = self._read_proven(fd, start, stop)
             else:
