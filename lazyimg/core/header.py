@@ -22,6 +22,10 @@ HEAD_SIZE_BYTES = 1 << 20
 # As Nova feeds the inspectors; regions that are found while reading must lie in what comes later.
 _STEP_BYTES = 4096
 
+# qemu reads zeros past a file's end: a header in a file of 200 bytes is one for it, but an inspector that lacks
+# its 512 bytes (LUKS: 592) would say "no match".
+_PADDED_BYTES = 1024
+
 AMI_FORMATS = frozenset({"ami", "aki", "ari"})
 KERNEL_FORMATS = frozenset({"aki", "ari"})
 # What may be found in content of each disk_format; "gpt" is the inspector's name for MBR and GPT alike.
@@ -63,7 +67,7 @@ def judge(head: bytes, record: ImageRecord, view: str) -> Verdict:
     needed_bytes = min(size_bytes, HEAD_SIZE_BYTES)
     if len(head) < needed_bytes:
         raise _refused(record, f"only {len(head)} of its first {needed_bytes} bytes are known", "try again")
-    head = head[:HEAD_SIZE_BYTES]
+    head = head[:HEAD_SIZE_BYTES].ljust(_PADDED_BYTES, b"\0")
     try:
         found = _inspect(head)
         names = frozenset(str(inspector) for inspector in found)
