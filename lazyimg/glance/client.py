@@ -291,7 +291,8 @@ class GlanceClient:
                 received += len(piece)
                 # The end is looked for before the last piece is handed out, so that the connection is free
                 # for the next request even if the reader stops at its last byte.
-                if received > length or (received == length and await anext(pieces, b"")):
+                is_over = received > length or (received == length and bool(await anext(pieces, None)))
+                if is_over:
                     yield piece[: len(piece) - (received - length)]
                     raise GlanceUnavailable(f"{what}: Glance sent more than {length} bytes")
                 yield piece
@@ -315,7 +316,7 @@ class GlanceClient:
         finally:
             await reply.aclose()
             # httpx's iterators are nested generators that do not close one another.  On the closed connection
-            # the innermost fails, which ends them all; else the garbage collector would have to, with a warning.
+            # the innermost fails, which ends them all; else the garbage collector would have to, warning.
             with suppress(httpx.HTTPError, httpx.StreamError):
                 while await anext(raw, b""):
                     pass

@@ -19,10 +19,10 @@ SIZE_BYTES_MAX = (1 << 63) - 1
 TEXT_LENGTH_MAX = 4096
 
 # The API's own string fields; every other string is a property of the image's.
-_API_FIELDS = frozenset(
-    ["id", "name", "status", "visibility", "owner", "file", "schema", "self", "created_at", "updated_at"]
-    + ["checksum", "os_hash_algo", "os_hash_value", "disk_format", "container_format", "direct_url"]
-)
+_API_FIELDS = {"id", "name", "status", "visibility", "owner", "file", "schema", "self", "direct_url"} | {
+    *("created_at", "updated_at", "checksum", "os_hash_algo", "os_hash_value"),
+    *("disk_format", "container_format"),
+}
 
 
 class BadRecord(ValueError):
