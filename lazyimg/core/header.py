@@ -22,8 +22,8 @@ HEAD_SIZE_BYTES = 1 << 20
 # As Nova feeds the inspectors; regions that are found while reading must lie in what comes later.
 _STEP_BYTES = 4096
 
-# qemu reads zeros past a file's end: a header in a file of 200 bytes is one for it, but an inspector that lacks
-# its 512 bytes (LUKS: 592) would say "no match".
+# qemu reads zeros past a file's end: a header in a file of 200 bytes is one for it, but an inspector that
+# lacks its 512 bytes (LUKS: 592) would say "no match".
 _PADDED_BYTES = 1024
 
 AMI_FORMATS = frozenset({"ami", "aki", "ari"})

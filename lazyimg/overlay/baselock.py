@@ -34,6 +34,8 @@ def base_lock(base_path: Path) -> Iterator[None]:
             f"lock {path}: {reason}; run as root or as the owner of {path.parent.parent}"
         ) from exc
     if not is_held:
+        # fasteners leaves it open when it gives up.
+        lock.lockfile.close()
         raise InUse(
             f"lock {path}: another process has kept it for {LOCK_TIMEOUT_S:.0f} s; see who with fuser"
         )
