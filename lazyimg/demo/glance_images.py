@@ -101,7 +101,8 @@ class GlanceImages:
             else:
                 fields[key] = value
         path = self._folder / f"{image_id}.json"
-        partial = path.with_suffix(".part")
+        # Not the name of the data on its way.
+        partial = path.with_suffix(".json.part")
         partial.write_text(json.dumps(fields))
         partial.replace(path)
         return fields
