@@ -123,18 +123,18 @@ class ChunkFile:
         chunks = chunks_of(start, stop)
         with self._in_use() as fd:
             states = self._presence.states(chunks)
-            if ABSENT in states:
-                absent = [chunks[i] for i, state in enumerate(states) if state == ABSENT]
-                raise ChunkAbsent(
-                    f"{self.path.name}: {len(absent)} chunks from {absent[0]} are absent", absent
-                )
+            absent = [chunks[i] for i, state in enumerate(states) if state == ABSENT]
+            if absent:
+                raise self._absent(absent)
             if states.count(PROVEN) == len(states):
                 data, damaged = self._read_proven(fd, start, stop)
             else:
-                data, damaged = self._read_checked(fd, chunks)
+                data, damaged, absent = self._read_checked(fd, chunks)
                 data = data[start - chunks.start * CHUNK_SIZE_BYTES :][: stop - start]
         if damaged:
             raise self._damaged(damaged)
+        if absent:
+            raise self._absent(absent)
         self._presence.set_proven(chunks)
         return data
 
@@ -189,11 +189,11 @@ class ChunkFile:
             states = self._presence.states(chunks)
             for run in _runs([chunks[i] for i, state in enumerate(states) if state != ABSENT]):
                 with self._in_use() as fd:
-                    _, bad = self._read_checked(fd, run)
-                self._presence.set_proven(set(run) - set(bad))
+                    _, bad, absent = self._read_checked(fd, run)
+                self._presence.set_proven(set(run) - set(bad) - set(absent))
                 if bad:
                     self._damaged(bad)
-                checked, damaged = checked + len(run), damaged + bad
+                checked, damaged = checked + len(run) - len(absent), damaged + bad
             if progress is not None:
                 progress(checked, self.present_count)
         return checked, damaged
@@ -262,20 +262,28 @@ class ChunkFile:
             data = b""
         return data, list(chunks_of(start, stop)) if len(data) != stop - start else []
 
-    def _read_checked(self, fd: int, chunks: range) -> tuple[bytes, list[int]]:
-        """Return the bytes of whole chunks and which of them are damaged or unreadable."""
+    def _read_checked(self, fd: int, chunks: range) -> tuple[bytes, list[int], list[int]]:
+        """Return the bytes of whole chunks, which of them are damaged, and which are absent by now."""
         start, stop = chunks.start * CHUNK_SIZE_BYTES, min(chunks.stop * CHUNK_SIZE_BYTES, self.size_bytes)
         try:
             expected = self._presence.sums(chunks)
             data = _pread(fd, start, stop)
         except OSError as exc:
             log.warning("%s: chunks %d to %d cannot be read: %s", self.path, chunks.start, chunks.stop, exc)
-            return b"", list(chunks)
+            return b"", list(chunks), []
         actual = checksums(data)
         actual += [0] * (len(chunks) - len(actual))
-        return data, [
-            c for c, want, have in zip(chunks, expected, actual, strict=True) if want != have or not want
+        damaged = [
+            chunk for chunk, want, have in zip(chunks, expected, actual, strict=True) if want not in (0, have)
         ]
+        absent = [chunk for chunk, want in zip(chunks, expected, strict=True) if not want]
+        if absent:
+            # Dropped since their state was read, or their page of checksums is spoiled: look again.
+            self._presence.unload(absent)
+        return data, damaged, absent
+
+    def _absent(self, chunks: list[int]) -> ChunkAbsent:
+        return ChunkAbsent(f"{self.path.name}: {len(chunks)} chunks from {chunks[0]} are absent", chunks)
 
     def _damaged(self, chunks: list[int]) -> ChunkDamaged:
         """Drop damaged chunks and return the error to raise."""

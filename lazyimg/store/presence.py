@@ -189,6 +189,11 @@ class Presence:
                         self._written.pop(chunk, None)
                     self._set_states(chunks, ABSENT)
 
+    def unload(self, chunks: Iterable[int]) -> None:
+        """Take the pages of these chunks out of memory; the next look reads the index."""
+        for page_no in {chunk // PAGE_CHUNKS for chunk in chunks}:
+            self.pages.pop(page_no, None)
+
     def close(self) -> None:
         """Give the memory back."""
         self._limit.remove(self)
@@ -241,6 +246,7 @@ class Presence:
 
 def _by_page(chunks: range) -> Iterable[tuple[int, range]]:
     """Return each page a range of chunks touches, with the part of the page it covers."""
+    assert chunks.step == 1, chunks
     for page_no in range(chunks.start // PAGE_CHUNKS, -(-chunks.stop // PAGE_CHUNKS) if chunks else 0):
         first = page_no * PAGE_CHUNKS
         yield page_no, range(max(chunks.start - first, 0), min(chunks.stop - first, PAGE_CHUNKS))

@@ -1,6 +1,6 @@
 """A chunk file against a model of it, through writes, commits, restarts, damage, failed syncs and eviction.
 
-Whatever happens, a read returns the image's bytes or names the chunks it lacks, and the file and the model agree
+A read returns the bytes of the image or names the chunks it lacks, and the file and the model agree
 on which chunks are present.
 """
 
