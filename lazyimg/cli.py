@@ -126,7 +126,7 @@ def mount(
     }
     settings = load_config(config, flags)
     set_up_logging(settings)
-    from lazyimg.daemon.service import run_mount
+    from lazyimg.daemon.holder import run_mount
 
     sys.exit(run_mount(settings, mountpoint))
 

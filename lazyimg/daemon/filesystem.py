@@ -13,8 +13,8 @@ import hashlib
 import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
@@ -61,8 +61,8 @@ LINK_MODE = stat.S_IFLNK | 0o777
 
 
 def _never_raises(
-    handler: Callable[Concatenate[Filesystem, P], Awaitable[T]],
-) -> Callable[Concatenate[Filesystem, P], Awaitable[T]]:
+    handler: Callable[Concatenate[Filesystem, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Filesystem, P], Coroutine[Any, Any, T]]:
     """Let nothing but FUSEError out of a handler."""
 
     @functools.wraps(handler)
@@ -82,7 +82,7 @@ def _never_raises(
             logger.exception("%s failed in an unforeseen way; answered EIO", handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from None
 
-    return wrapped
+    return wrapped  # type: ignore[return-value]  # mypy's _Wrapped is not the callable it stands for
 
 
 class Filesystem(pyfuse3.Operations):
@@ -191,9 +191,7 @@ class Filesystem(pyfuse3.Operations):
                     self._upper.forget(attributes.st_ino, 1)
                 break
 
-    async def _listed(
-        self, folder: int, name: bytes, lazy: dict[str, str]
-    ) -> pyfuse3.EntryAttributes | None:
+    async def _listed(self, folder: int, name: bytes, lazy: dict[str, str]) -> pyfuse3.EntryAttributes | None:
         """Return the attributes of a name in a listing, looked up once more; None if it is gone."""
         found = await self._in_upper(self._upper.lookup, folder, name)
         if found is not None:
@@ -251,7 +249,16 @@ class Filesystem(pyfuse3.Operations):
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         found = await self._in_upper(self._upper.statistics)
         data = pyfuse3.StatvfsData()
-        for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
+        for name in (
+            "f_bsize",
+            "f_frsize",
+            "f_blocks",
+            "f_bfree",
+            "f_bavail",
+            "f_files",
+            "f_ffree",
+            "f_favail",
+        ):
             setattr(data, name, getattr(found, name))
         data.f_namemax = found.f_namemax
         return data

@@ -140,25 +140,33 @@ def describe(holders: list[Holder]) -> str:
 
 def mounted_type(mountpoint: Path) -> str | None:
     """Return the type of the topmost file system mounted exactly there, None if it is no mountpoint."""
+    found = _mount_at(mountpoint)
+    return None if found is None else found.kind
+
+
+def device_of(mountpoint: Path) -> str | None:
+    """Return "major:minor" of what is mounted there, as in /sys/class/bdi; None if nothing is."""
+    found = _mount_at(mountpoint)
+    return None if found is None else found.device
+
+
+@dataclass(frozen=True, slots=True)
+class _Mount:
+    id: str
+    device: str
+    kind: str
+
+
+def _mount_at(mountpoint: Path) -> _Mount | None:
+    """Return the topmost mount at exactly this path."""
     found = None
     wanted = os.path.abspath(mountpoint)
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        # proc_pid_mountinfo(5): the mountpoint is field 5, octal-escaped; the type follows the lone dash.
+        # proc_pid_mountinfo(5): mount ID, parent, major:minor, root, mountpoint (octal-escaped), ... - type ...
         before, _, after = line.partition(" - ")
-        if _unescape(before.split()[4]) == wanted:
-            found = after.split()[0]
-    return found
-
-
-def connection_id(mountpoint: Path) -> int | None:
-    """Return N of /sys/fs/fuse/connections/N and /sys/class/bdi/0:N, None if not mounted."""
-    found = None
-    wanted = os.path.abspath(mountpoint)
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
-        if _unescape(fields[4]) == wanted and FILE_SYSTEM_TYPE in line:
-            major, minor = map(int, fields[2].split(":"))
-            found = os.makedev(major, minor)
+        mount_id, _, device, _, where = before.split()[:5]
+        if _unescape(where) == wanted:
+            found = _Mount(mount_id, device, after.split()[0])
     return found
 
 
@@ -169,17 +177,19 @@ def holders_of(mountpoint: Path) -> Iterator[Holder]:
     that may not be looked at, or end meanwhile, are left out.
     """
     prefix = os.path.abspath(mountpoint)
+    mount = _mount_at(mountpoint)
+    mount_id = "" if mount is None else mount.id
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            what = _what_is_held(Path(entry.path), prefix)
+            what = _what_is_held(Path(entry.path), prefix, mount_id)
             if what is not None:
                 command = Path(entry.path, "comm").read_text().strip()
                 yield Holder(int(entry.name), command, what)
 
 
-def _what_is_held(process: Path, prefix: str) -> str | None:
+def _what_is_held(process: Path, prefix: str, mount_id: str) -> str | None:
     for link, name in (("cwd", "working folder"), ("root", "root folder"), ("exe", "executable")):
         with contextlib.suppress(OSError):
             if _is_under(os.readlink(process / link), prefix):
@@ -187,7 +197,11 @@ def _what_is_held(process: Path, prefix: str) -> str | None:
     for fd in os.scandir(process / "fd"):
         with contextlib.suppress(OSError):
             target = os.readlink(fd.path)
-            if _is_under(target, prefix):
+            # The upper folder, which daemon and holder keep open, has the same path but is another mount's.
+            if (
+                _is_under(target, prefix)
+                and f"mnt_id:\t{mount_id}\n" in (process / "fdinfo" / fd.name).read_text()
+            ):
                 return f"open {os.path.relpath(target, prefix)}"
     for line in (process / "maps").read_text().splitlines():
         fields = line.split(maxsplit=5)

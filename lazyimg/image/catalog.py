@@ -40,6 +40,8 @@ NEGATIVE_MAX = 10_000
 REFUSALS_MAX = 1000
 # Stands for a view in the inode numbers of links.
 LINK = "link"
+# State of an entry whose first bytes are still on their way; it has no name yet.
+JUDGING = "judging"
 # An open or a release that follows the last by less than this does not change `last_used` on disk.
 USED_INTERVAL_S = 60
 
@@ -74,6 +76,7 @@ class Catalog:
         lookup_timeout_s: float,
         image_list_ttl_s: float,
         negative_ttl_s: float,
+        is_resumed: bool = False,
     ) -> None:
         self._glance = glance
         self._cache = cache
@@ -91,8 +94,11 @@ class Catalog:
         self._images: dict[str, LazyImage] = {}
         self._opening: dict[str, trio.Lock] = {}
         for entry in sorted(cache.index.entries(), key=lambda entry: entry.last_used_s):
-            if entry.view == view:
+            # One whose judgement was cut short is judged anew when it is asked for.
+            if entry.view == view and entry.state != JUDGING:
                 self._publish(entry)
+        # A daemon that was replaced does not tell the next which handles were open.
+        self._maybe_open = {e.key for e in self._entries() if e.in_use} if is_resumed else set()
         # Asked and not published.
         self._decisions: dict[str, _Decision] = {}
         self._deadline: float | None = None
@@ -198,6 +204,17 @@ class Catalog:
                 image = self._images[key] = self._make_image(entry.record, file)
         return image
 
+    def key_of(self, image: str) -> str | None:
+        """Return the key of a published image by its id, or by its name if only one has it.  Raises ImageNotFound."""
+        keys = {e.key for e in self._entries() if image in (e.record.id, e.record.name)}
+        if len(keys) > 1:
+            raise ImageNotFound(f"image {image!r}: {len(keys)} images here have that name; give an id")
+        return next(iter(keys), None)
+
+    async def verdict(self, image: LazyImage) -> Verdict:
+        """Return how a published image is presented."""
+        return self._judge(await image.read(0, HEAD_SIZE_BYTES, for_lookup=True), image.record)
+
     def entry_of(self, image: LazyImage) -> ImageEntry | None:
         return self._cache.index.get(image.record.key(self._view))
 
@@ -236,7 +253,9 @@ class Catalog:
             return
         now_s = time.time()
         if not entry.in_use:
-            await self._mark(entry, last_used_s=now_s, in_use=True, mtime_ns=entry.mtime_ns or int(now_s * 1e9))
+            await self._mark(
+                entry, last_used_s=now_s, in_use=True, mtime_ns=entry.mtime_ns or int(now_s * 1e9)
+            )
         elif now_s - entry.last_used_s > USED_INTERVAL_S:
             await self._mark(entry, last_used_s=now_s)
 
@@ -249,6 +268,7 @@ class Catalog:
     def busy_keys(self) -> set[str]:
         """Return the images that must not be dropped now: open, being fetched, or all that is left of them."""
         busy = {key for key, image in self._images.items() if image.open_handles or not image.fetcher.is_idle}
+        busy |= self._maybe_open
         return busy | {entry.key for entry in self._cache.index.entries() if entry.state == "gone"}
 
     async def evict(self, key: str) -> int:
@@ -272,12 +292,15 @@ class Catalog:
             image = self._images.get(key)
             if image is not None and image.open_handles:
                 raise InUse(f"image {image_id}: open by {image.open_handles} handles; end its guests first")
-            # From here on nobody finds it; synchronous with the check.
-            self._images.pop(key, None)
+            if key in self._maybe_open:
+                raise InUse(
+                    f"image {image_id}: may be open since before the daemon was replaced; remount first"
+                )
+            # From here on nobody finds it; no `await` between the check and this.
             if self._keys.get(entry.record.base_name) == key:
                 del self._keys[entry.record.base_name]
             if image is not None:
-                image.fetcher.stop()
+                self._close(key, image)
             freed_bytes = await self._in_thread(self._cache.allocated_bytes, key)
             await self._in_thread(self._cache.remove_image, key)
         logger.info("image %s: dropped from the cache, %d bytes freed", image_id, freed_bytes)
@@ -350,15 +373,14 @@ class Catalog:
                 record, ImageRefused(f"image {record.id}: its status is {record.status}; it must be active")
             )
         now_s = time.time()
-        entry = ImageEntry(record, self._view, record.size_bytes, last_used_s=now_s, state="judging")
+        entry = ImageEntry(record, self._view, record.size_bytes, last_used_s=now_s, state=JUDGING)
         await self._in_thread(self._cache.index.put, entry)
         image = await self.image_of(key)
         try:
             head = await image.read(0, HEAD_SIZE_BYTES, for_lookup=True)
             self._judge(head, record)
         except ImageRefused as exc:
-            self._images.pop(key, None)
-            image.fetcher.stop()
+            self._close(key, image)
             await self._in_thread(self._cache.remove_image, key)
             raise self._refused(record, exc) from exc
         await self._mark(entry, state="active")
@@ -384,9 +406,13 @@ class Catalog:
 
     # ── entries ──
 
+    def _close(self, key: str, image: LazyImage) -> None:
+        """Close an image's chunk file.  On the event loop, whose reads use the descriptor without a lock."""
+        self._images.pop(key, None)
+        image.drop()
+        self._cache.close_image(key)
+
     def _publish(self, entry: ImageEntry) -> None:
-        if entry.state == "judging":
-            return
         self._keys[entry.record.base_name] = entry.key
         self._keys_by_inode[entry.record.inode(self._view)] = entry.key
         self._link_targets[entry.record.inode(LINK)] = entry.record.base_name

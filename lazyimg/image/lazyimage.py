@@ -58,6 +58,8 @@ class LazyImage:
         self.size_bytes = file.size_bytes
         self.fetcher = fetcher
         self.open_handles = 0
+        # True once the image was evicted: its descriptor's number may be another file's by now.
+        self.is_dropped = False
         self._file = file
         self._prefetcher = prefetcher
         self._read_limiter = read_limiter
@@ -91,11 +93,18 @@ class LazyImage:
         if not self.open_handles:
             self.fetcher.abandon_background()
 
+    def drop(self) -> None:
+        """End all work on the image before its chunk file is closed; it must not be read any more."""
+        self.is_dropped = True
+        self.fetcher.stop()
+
     def read_nowait(self, start: int, size_bytes: int) -> bytes | None:
         """Return the bytes if they are present, proven and in the page cache, else None: await `read`."""
         stop = min(start + size_bytes, self.size_bytes)
         if start >= stop:
             return b""
+        if self.is_dropped:
+            return None
         data = self._file.read_nowait(start, stop)
         if data is not None and not self._file.is_whole:
             ahead = self._prefetcher.after_hit(start, stop)

@@ -1,0 +1,188 @@
+"""What the control socket is told: the daemon's side of `lazyimg status`, prefetch, evict and verify."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import trio
+
+from lazyimg.control.messages import ImageFacts, Progress
+from lazyimg.core.chunks import CHUNK_SIZE_BYTES
+from lazyimg.core.identity import ImageRecord
+from lazyimg.image.catalog import Catalog
+from lazyimg.image.lazyimage import LazyImage
+from lazyimg.image.space import CacheSpace
+from lazyimg.store.entry import ImageEntry
+
+# Steps reported but not yet read by the client; more of them are not worth keeping.
+STEPS_MAX = 16
+
+
+class Answers:
+    """Implements `lazyimg.control.server.Daemon`."""
+
+    def __init__(
+        self, catalog: Catalog, space: CacheSpace, nursery: trio.Nursery, *, mountpoint: Path, view: str
+    ) -> None:
+        self._catalog = catalog
+        self._space = space
+        self._nursery = nursery
+        self._mountpoint = mountpoint
+        self._view = view
+
+    def status(self) -> dict[str, object]:
+        """Return the JSON object of `lazyimg status --json`; docs/operations.md explains each field."""
+        shown = [_image_status(entry, image) for entry, image in self._catalog.entries()]
+        refused = [_refused_status(record, reason) for record, reason in self._catalog.refusals()]
+        return {
+            "daemon_pid": os.getpid(),
+            "mountpoint": str(self._mountpoint),
+            "view": self._view,
+            "cache_is_full": self._space.is_full,
+            "images": shown + refused,
+        }
+
+    async def image_facts(self, image: str) -> ImageFacts:
+        """Return what the companion must know of an image that can be presented."""
+        found = await self._catalog.find(image)
+        record = found.record
+        assert record.size_bytes is not None
+        verdict = await self._catalog.verdict(found)
+        return ImageFacts(
+            id=record.id,
+            name=record.name,
+            base_name=record.base_name,
+            disk_format=record.disk_format,
+            container_format=record.container_format,
+            size_bytes=record.size_bytes,
+            presented_size_bytes=found.size_bytes,
+            presented_format=verdict.presented_format,
+            view=self._view,
+            mountpoint=str(self._mountpoint),
+            min_disk_gib=record.min_disk_gib,
+            os_hash_algo=record.os_hash_algo,
+            os_hash_value=record.os_hash_value,
+            checksum=record.checksum,
+            properties=record.properties,
+        )
+
+    async def prefetch(self, image: str) -> AsyncIterator[Progress]:
+        """Fetch all of an image; closing the iterator ends it."""
+        found = await self._catalog.find(image)
+        found.opened()
+        try:
+            yield Progress(0, found.size_bytes)
+            async for done_bytes in found.prefetch():
+                yield Progress(done_bytes, found.size_bytes)
+            await found.commit()
+        finally:
+            found.closed()
+
+    async def evict(self, image: str) -> int:
+        """Drop an image's chunks and return the bytes freed; of an image that is not here, none."""
+        key = self._catalog.key_of(image)
+        return 0 if key is None else await self._catalog.evict(key)
+
+    async def verify(self, image: str) -> AsyncIterator[Progress]:
+        """Check an image's present chunks, and its source's hash where all are present."""
+        found = await self._catalog.find(image)
+
+        async def check(report: Callable[[Progress], None]) -> None:
+            damaged_count, source_hash = await found.verify(
+                lambda done_bytes, total_bytes: report(Progress(done_bytes, total_bytes))
+            )
+            size_bytes = found.size_bytes
+            report(Progress(size_bytes, size_bytes, damaged_count, source_hash))
+
+        found.opened()
+        try:
+            async for step in self._steps_of(check):
+                yield step
+        finally:
+            found.closed()
+
+    async def _steps_of(
+        self, work: Callable[[Callable[[Progress], None]], Awaitable[None]]
+    ) -> AsyncIterator[Progress]:
+        """Run `work` in the daemon's nursery and yield what it reports, the last report in any case."""
+        send, receive = trio.open_memory_channel[Progress](STEPS_MAX)
+        scope = trio.CancelScope()
+        outcome: list[Exception] = []
+        last: list[Progress] = []
+
+        def report(step: Progress) -> None:
+            last[:] = [step]
+            try:
+                send.send_nowait(step)
+            except trio.WouldBlock:
+                # A client that reads slowly sees fewer steps.
+                return
+            last.clear()
+
+        async def run() -> None:
+            with scope, send:
+                try:
+                    await work(report)
+                except Exception as exc:
+                    # Raised to the client below; here it would end the daemon.
+                    outcome.append(exc)
+
+        self._nursery.start_soon(run)
+        try:
+            async for step in receive:
+                yield step
+            for step in last:
+                yield step
+            if outcome:
+                raise outcome[0]
+        finally:
+            scope.cancel()
+
+
+def _image_status(entry: ImageEntry, image: LazyImage | None) -> dict[str, object]:
+    record = entry.record
+    present_bytes = min(entry.present_count * CHUNK_SIZE_BYTES, entry.size_bytes)
+    fields: dict[str, object] = {
+        "id": record.id,
+        "name": record.name,
+        "size_bytes": entry.size_bytes,
+        "present_bytes": present_bytes,
+        "fetched_bytes": 0,
+        "requests": 0,
+        "source": entry.source,
+        "open_handles": 0,
+    }
+    state = entry.state
+    if image is not None:
+        now = image.statistics()
+        fields |= {
+            "present_bytes": now.present_bytes,
+            "fetched_bytes": now.fetch.fetched_bytes,
+            "requests": now.fetch.requests,
+            "source": image.fetcher.source,
+            "open_handles": now.open_handles,
+            "retries": now.fetch.retries,
+            "waiting_chunks": now.fetch.waiting_chunks,
+            "last_error": now.fetch.last_error,
+        }
+        present_bytes = now.present_bytes
+    if state == "active":
+        state = "whole" if present_bytes == entry.size_bytes else "lazy"
+    return fields | {"state": state}
+
+
+def _refused_status(record: ImageRecord, reason: str) -> dict[str, object]:
+    return {
+        "id": record.id,
+        "name": record.name,
+        "size_bytes": record.size_bytes or 0,
+        "present_bytes": 0,
+        "fetched_bytes": 0,
+        "requests": 0,
+        "source": "ranges",
+        "open_handles": 0,
+        "state": "refused",
+        "reason": reason,
+    }
