@@ -104,14 +104,15 @@ def noise(size_bytes: int) -> bytes:
 
 def qcow2(path: Path, *options: str, size: str = "64M") -> bytes:
     path.unlink(missing_ok=True)
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *options, str(path), size], check=True)
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", *options, str(path), size]
+    subprocess.run(command, check=True)
     content = path.read_bytes()
     path.unlink()
     return content
 
 
 def info(disk: Path) -> dict[str, Any]:
-    command = ["qemu-img", "info", "--output=json", disk]
+    command = ["qemu-img", "info", "--output=json", str(disk)]
     facts: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     return facts
 
