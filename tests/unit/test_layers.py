@@ -158,6 +158,24 @@ def test_core_only_decides(module: str) -> None:
     assert not calls & {"open", "print", "input", "eval", "exec"}
 
 
+@pytest.mark.parametrize("module", [name for name in MODULES if _is_within(name, {"daemon"})])
+def test_daemon_runs_nothing_that_looks_under_the_mount(module: str) -> None:
+    """Holder and daemon run fusermount3 and themselves only, and never change their working folder [I11]."""
+    processes = re.compile(
+        r"fork|exec[lv]\w*|posix_spawnp?|spawn\w+|system|popen|Popen|run_process|f?chdir|chroot"
+    )
+    calls = {
+        node.func.attr
+        for node in ast.walk(_tree(module))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id in {"os", "subprocess", "trio"}
+    }
+    allowed = {"daemon.handshake": {"fork"}, "daemon.holder": {"posix_spawn"}}
+    assert {name for name in calls if processes.fullmatch(name)} == allowed.get(module, set())
+
+
 def test_daemon_starts_without_what_a_read_does_not_need() -> None:
     """Wiring the daemon imports neither openstacksdk nor the web server: a restart must be quick."""
     program = "import json, sys; import lazyimg.daemon.service; print(json.dumps(sorted(sys.modules)))"
