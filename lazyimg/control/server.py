@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 
 # Between two progress lines; a bar that moves five times a second looks smooth.
 PROGRESS_PAUSE_S = 0.2
+# The pause grows with the time since the first line: a week's work has under 250 lines.  A client that is
+# stopped and reads none of them then never blocks the server, whose sends hypercorn shields from the daemon's
+# end: a Unix socket takes about 270 unread lines (212,992 bytes, 768 for a short one; Linux 6.18, 2026-11).
+PROGRESS_PAUSE_SHARE = 0.05
 # unix(7): sun_path has 108 bytes, a zero at the end.  rename could make a longer name, which nobody reaches.
 SOCKET_PATH_BYTES_MAX = 107
 
@@ -271,13 +275,16 @@ class _ProgressAnswer:
     async def _send_steps(self, send: _Send) -> None:
         steps = self._begin()
         held: Progress | None = None
-        sent_at_s = -PROGRESS_PAUSE_S
+        began_s = trio.current_time()
+        due_s = began_s
         try:
             async for step in steps:
                 held = step
-                if trio.current_time() - sent_at_s >= PROGRESS_PAUSE_S:
+                now_s = trio.current_time()
+                if now_s >= due_s:
                     await self._send_line(send, asdict(step), 200)
-                    sent_at_s, held = trio.current_time(), None
+                    due_s = now_s + max(PROGRESS_PAUSE_S, (now_s - began_s) * PROGRESS_PAUSE_SHARE)
+                    held = None
         finally:
             # Left to the garbage collector, the work would go on after the client is gone.
             if (aclose := getattr(steps, "aclose", None)) is not None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ from outcome import Outcome, capture
 
 from lazyimg import errors
 from lazyimg.control import ControlClient, ImageFacts, Progress, serve_control
+from lazyimg.control.server import _ProgressAnswer
 from lazyimg.errors import ConfigError, DaemonUnreachable, ImageNotFound, InUse, LazyImgError
+
+# What a Unix socket must hold for a client that reads nothing.
+LINES_A_WEEK_MAX = 250
 
 FACTS = ImageFacts(
     id="11111111-2222-3333-4444-555555555555",
@@ -132,6 +137,37 @@ async def test_progress_ends_with_the_last_step(path: Path) -> None:
     assert seen[0] == steps[0]
     assert seen[-1] == Progress(1000, 1000, 3, "mismatch")
     assert len(seen) < 100
+
+
+async def test_client_that_never_reads_does_not_block_the_end(path: Path) -> None:
+    """[I5] A stopped client's socket takes all lines a week of work sends: the server can always end."""
+    line = json.dumps(asdict(Progress(1 << 40, 1 << 40, 1 << 20, "mismatch"))).encode() + b"\n"
+    sender, stopped = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with sender, stopped:
+        sender.setblocking(False)
+        for _ in range(LINES_A_WEEK_MAX):
+            sender.send(b"%x\r\n%s\r\n" % (len(line), line))
+
+
+async def test_week_of_work_has_few_lines(autojump_clock: trio.abc.Clock) -> None:
+    """Progress comes five times a second at first and ever more seldom, the last step in any case."""
+    week_s = 7 * 86400
+
+    async def work() -> AsyncIterator[Progress]:
+        while (now_s := trio.current_time() - began_s) < week_s:
+            yield Progress(int(now_s), week_s)
+            # Always oftener than a line is due.
+            await trio.sleep(max(0.1, now_s / 50))
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.extend(message.get("body", b"").splitlines())
+
+    began_s = trio.current_time()
+    await _ProgressAnswer(work)(None, trio.sleep_forever, send)
+    assert 100 < len(sent) <= LINES_A_WEEK_MAX
+    assert json.loads(sent[-1])["done_bytes"] > week_s * 0.97
 
 
 async def test_work_without_steps_is_done(path: Path) -> None:
