@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,12 +47,14 @@ class DataReply(Response):
             if fault is not None and fault.action == "short_body":
                 return drop_connections(lambda _, peer: peer == tuple(scope["client"]))
             if fault is not None and fault.action == "stall":
-                await _silence(receive, fault.seconds)
+                if await _is_gone_after(receive, fault.seconds):
+                    return None
                 reached = await _send_file(send, file, reached, self._stop)
         finally:
             os.close(file)
         if reached < self._stop:
-            await _silence(receive, None)
+            await _is_gone_after(receive, None)
+            return None
         await send({"type": "http.response.body", "body": b""})
         return None
 
@@ -68,8 +71,7 @@ async def befall(fault: FaultRule, scope: Scope, receive: Receive, send: Send) -
         case "reset":
             drop_connections(lambda _, peer: peer == tuple(scope["client"]))
         case "delay":
-            await _silence(receive, fault.seconds)
-            return False
+            return await _is_gone_after(receive, fault.seconds)
         case _:
             return False
     return True
@@ -82,9 +84,11 @@ def drop_connections(is_chosen: Callable[[tuple[object, ...], tuple[object, ...]
     """
     for name in os.listdir("/proc/self/fd"):
         try:
+            if not stat.S_ISSOCK(os.stat(int(name)).st_mode):
+                continue
             connection = socket.socket(fileno=os.dup(int(name)))
         except OSError:
-            # Not a socket, or closed since it was listed.
+            # Closed since it was listed: the listing's own descriptor is one of them.
             continue
         with connection:
             try:
@@ -107,8 +111,10 @@ async def _send_file(send: Send, file: int, start: int, stop: int) -> int:
     return start
 
 
-async def _silence(receive: Receive, seconds: float | None) -> None:
-    """Send nothing for `seconds`, None for ever, or until the client goes away."""
+async def _is_gone_after(receive: Receive, seconds: float | None) -> bool:
+    """Send nothing for `seconds`, None for ever; True as soon as the client has gone away."""
     with trio.move_on_after(float("inf") if seconds is None else seconds):
         while (await receive())["type"] != "http.disconnect":
             pass
+        return True
+    return False
