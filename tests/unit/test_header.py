@@ -160,7 +160,7 @@ def test_own_qcow2_header_is_valid() -> None:
     ],
 )
 def test_unsafe_qcow2_is_refused(source: bytes, reason: str, view: str) -> None:
-    """A header that would make qemu open, trust or repair what it must not is refused in every view."""
+    """[I8] A header that would make qemu open, trust or repair what it must not is refused."""
     with pytest.raises(ImageRefused, match=f"image 3f2a: .*{reason}.*; "):
         verdict_on(source, "qcow2", view)
 
@@ -179,7 +179,7 @@ def test_unsafe_qcow2_is_refused(source: bytes, reason: str, view: str) -> None:
     ],
 )
 def test_mislabelled_image_is_refused(disk_format: str, source: bytes, content: str) -> None:
-    """Bytes a program could take for another format are not shown as raw ones: a guest could use them."""
+    """[I8] Bytes a program could take for another format are not shown as raw ones."""
     reason = f"its disk_format is {disk_format}, its content is .*{content}"
     with pytest.raises(ImageRefused, match=reason):
         verdict_on(source, disk_format)

@@ -305,7 +305,7 @@ def test_mislabelled_base_is_refused(scripted: ScriptedClient, client: ControlCl
 def test_disagreement_with_the_daemon_is_refused(
     scripted: ScriptedClient, client: ControlClient, out: Path
 ) -> None:
-    """qemu is told a format only if header and daemon agree on it."""
+    """[I8] qemu is told a format only if header and daemon agree on it."""
     facts = scripted.add(noise(MIB), "raw", presented_format="qcow2")
     with pytest.raises(ImageRefused, match="its content is raw, the daemon presents qcow2"):
         create_overlay(client, facts.id, out / "disk")
