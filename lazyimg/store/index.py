@@ -219,7 +219,8 @@ class Index:
         try:
             yield
         except (sqlite3.Error, diskcache.Timeout) as exc:
-            # A failed COMMIT leaves the connection inside its transaction; only closing it surely rolls back.
+            # A failed COMMIT may leave the connection inside its transaction (SQLite, "Response To Errors
+            # Within A Transaction"), where every later one fails; closing it rolls back.
             with suppress(sqlite3.Error):
                 self._cache.close()
             if _is_corrupt(exc):

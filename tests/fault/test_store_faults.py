@@ -331,6 +331,16 @@ def test_damage_that_cannot_be_recorded_is_still_damage(
         assert file.read(0, SIZE_BYTES) == WHOLE
 
 
+def test_connection_left_in_a_transaction_fails_once(path: Path) -> None:
+    """A commit that failed half way leaves SQLite in a transaction; one call later all is well."""
+    with opened(path) as (cache, file):
+        write(file, 0, 1)
+        cache.index._cache._sql("BEGIN IMMEDIATE")
+        with pytest.raises(OSError, match="cache index"):
+            file.commit()
+        assert file.commit() == 1
+
+
 # ── somebody's hand ──
 
 
