@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 
 import trio
@@ -11,6 +12,7 @@ import trio
 from lazyimg.control.messages import ImageFacts, Progress
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES
 from lazyimg.core.identity import ImageRecord
+from lazyimg.errors import LazyImgError
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.space import CacheSpace
@@ -74,9 +76,15 @@ class Answers:
         found.opened()
         try:
             yield Progress(0, found.size_bytes)
-            async for done_bytes in found.prefetch():
-                yield Progress(done_bytes, found.size_bytes)
+            async with aclosing(found.prefetch()) as steps:
+                async for done_bytes in steps:
+                    yield Progress(done_bytes, found.size_bytes)
             await found.commit()
+            if not found.is_whole:
+                raise LazyImgError(
+                    f"image {found.record.id}: only {found.present_bytes} of {found.size_bytes} bytes could be "
+                    "kept; make room on the cache disk or raise cache_size_max"
+                )
         finally:
             found.closed()
 
@@ -93,19 +101,19 @@ class Answers:
             damaged_count, source_hash = await found.verify(
                 lambda done_bytes, total_bytes: report(Progress(done_bytes, total_bytes))
             )
-            size_bytes = found.size_bytes
-            report(Progress(size_bytes, size_bytes, damaged_count, source_hash))
+            report(Progress(found.present_bytes, found.present_bytes, damaged_count, source_hash))
 
         found.opened()
         try:
-            async for step in self._steps_of(check):
-                yield step
+            async with aclosing(self._steps_of(check)) as steps:
+                async for step in steps:
+                    yield step
         finally:
             found.closed()
 
     async def _steps_of(
         self, work: Callable[[Callable[[Progress], None]], Awaitable[None]]
-    ) -> AsyncIterator[Progress]:
+    ) -> AsyncGenerator[Progress, None]:
         """Run `work` in the daemon's nursery and yield what it reports, the last report in any case."""
         send, receive = trio.open_memory_channel[Progress](STEPS_MAX)
         scope = trio.CancelScope()

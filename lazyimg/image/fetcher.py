@@ -183,6 +183,10 @@ class Fetcher:
             f"{self._read_timeout_s:g} s ({self._last_error or 'no answer'}); the next read tries again"
         )
 
+    async def wait_written(self) -> None:
+        """Wait until all that has arrived is on file or given up."""
+        await self._writer.wait_idle()
+
     def want_background(self, chunks: Iterable[int]) -> None:
         """Ask for absent chunks that somebody may need soon; nobody waits, and a failure forgets them."""
         self._want_ahead(chunks)
@@ -198,6 +202,7 @@ class Fetcher:
     def stop(self) -> None:
         """End all flights; whoever still waits is told that the image was dropped."""
         self._is_stopped = True
+        self._writer.stop()
         for scope in self._flights:
             scope.cancel()
         self._fail_all(GlanceUnavailable(f"image {self._image_id}: dropped from the cache; open it again"))

@@ -6,7 +6,7 @@ Guards I1: a read returns exactly the image's bytes or raises; absence and damag
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -137,13 +137,14 @@ class LazyImage:
                 fetched.update(await self.fetcher.fetch([c for c in chunks if c not in fetched]))
         return await self._assemble(start, stop, fetched)
 
-    async def prefetch(self) -> AsyncIterator[int]:
+    async def prefetch(self) -> AsyncGenerator[int, None]:
         """Fetch all that is absent, in the background; yield the bytes of the image gone through so far."""
         for start in range(0, self.size_bytes, PREFETCH_BYTES):
             stop = min(start + PREFETCH_BYTES, self.size_bytes)
             absent = await self._absent(chunks_of(start, stop))
             if absent:
                 await self.fetcher.fetch(absent, urgent=False)
+                await self.fetcher.wait_written()
             yield stop
 
     async def commit(self) -> None:

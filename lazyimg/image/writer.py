@@ -54,6 +54,7 @@ class Writer:
         self._unwritten: dict[int, bytes] = {}
         self._queue: deque[tuple[list[tuple[int, bytes]], Callable[[], None]]] = deque()
         self._is_writing = False
+        self._is_stopped = False
         self._idle = trio.Event()
         self._idle.set()
 
@@ -71,7 +72,7 @@ class Writer:
     async def put(self, chunks: list[tuple[int, bytes]], *, when_done: Callable[[], None]) -> None:
         """Take chunks over; waits while too much is unwritten.  `when_done` is called once, whatever happens."""
         size_bytes = sum(len(data) for _, data in chunks)
-        if not self._space.may_store(size_bytes):
+        if self._is_stopped or not self._space.may_store(size_bytes):
             when_done()
             return
         self._unwritten.update(chunks)
@@ -86,6 +87,10 @@ class Writer:
             self._is_writing = True
             self._idle = trio.Event()
             self._nursery.start_soon(self._write_out)
+
+    def stop(self) -> None:
+        """Write nothing more: the image is dropped."""
+        self._is_stopped = True
 
     async def wait_idle(self) -> None:
         """Wait until all that was put is on file or given up."""
@@ -121,7 +126,9 @@ class Writer:
                 data = [data for _, data in chunks]
                 await trio.to_thread.run_sync(self._sink.write, chunks[0][0], data, limiter=self._limiter)
         except OSError as exc:
-            self._space.storing_failed(exc)
+            # Once the image is dropped its file is closed under us: nothing is wrong with the disk.
+            if not self._is_stopped:
+                self._space.storing_failed(exc)
         except Exception:
             logger.exception("writing chunks %d… failed in an unforeseen way; they stay absent", chunks[0][0])
         finally:
