@@ -38,7 +38,12 @@ def quicken(session_fd: int) -> bool:
         if left and poll_now(0):
             return True
         left = FAIRNESS_REQUESTS
-        return bool(await original())
+        while await original():
+            # Between its readiness and this task's turn another task may have polled, and taken the request: a
+            # read would now fail with EAGAIN, and pyfuse3 end the mount.  From here to the read nobody else runs.
+            if poll_now(0):
+                return True
+        return False
 
     pyfuse3._wait_fuse_readable = wait_fuse_readable  # type: ignore[attr-defined]  # private; see above
     return True

@@ -42,7 +42,7 @@ from lazyimg.image.writer import Writer
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.chunkfile import ChunkFile
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lazyimg.daemon")
 
 # What was written becomes durable this often: a crash costs at most so much fetching again.
 COMMIT_INTERVAL_S = 1
