@@ -132,10 +132,12 @@ class KeystoneAuth:
         *,
         login: Callable[[], Access] | None = None,
         wall_clock: Callable[[], float] = time.time,
+        login_timeout_s: float = LOGIN_TIMEOUT_S,
     ) -> None:
         self._name = f"cloud {cloud!r}" if cloud else "the cloud of OS_*"
         self._login = login or SdkLogin(cloud)
         self._wall_clock = wall_clock
+        self._login_timeout_s = login_timeout_s
         self._limiter = trio.CapacityLimiter(LOGIN_THREADS)
         # The lock is held during a login.  `_access`, `_failure` and `_login_not_before` change together,
         # without an await between, before it is released: who waited for it takes that outcome for its own.
@@ -151,7 +153,7 @@ class KeystoneAuth:
         """Return the current access; the first caller logs in, one caller renews it ahead of its end."""
         current = self._access
         if current is None or self._is_over(current):
-            return await self._another_than(current)
+            return await self._another_than(current, self._login_timeout_s)
         if (
             self._ends_soon(current)
             and not self._lock.locked()
@@ -159,7 +161,7 @@ class KeystoneAuth:
         ):
             self._ahead_not_before = trio.current_time() + AHEAD_RETRY_PAUSE_S
             try:
-                return await self._another_than(current, timeout_s=AHEAD_TIMEOUT_S)
+                return await self._another_than(current, AHEAD_TIMEOUT_S)
             except LazyImgError as exc:
                 logger.warning("renewing the token ahead of its end failed; the old one serves on: %s", exc)
         return current
@@ -174,9 +176,9 @@ class KeystoneAuth:
                     retry_after_s=self._refused_not_before - now_s,
                 )
             self._refused_not_before = now_s + REFUSED_RETRY_PAUSE_S
-        return await self._another_than(refused)
+        return await self._another_than(refused, self._login_timeout_s)
 
-    async def _another_than(self, old: Access | None, timeout_s: float = LOGIN_TIMEOUT_S) -> Access:
+    async def _another_than(self, old: Access | None, timeout_s: float) -> Access:
         async with self._lock:
             if self._access is not None and self._access is not old:
                 return self._access

@@ -236,21 +236,25 @@ class GlanceClient:
         self, access: Access, endpoint: str, path: str, what: str, headers: Mapping[str, str]
     ) -> httpx.Response:
         http = self._client(access)
-        # Never `identity` is a compressed body: its bytes would not be the image's.
-        request = http.build_request(
-            "GET", endpoint + path, headers={**access.headers, **headers, "Accept-Encoding": "identity"}
-        )
         asked_at = trio.current_time()
         try:
+            # Never anything but `identity`: the bytes of a compressed body would not be the image's.
+            request = http.build_request(
+                "GET", endpoint + path, headers={**access.headers, **headers, "Accept-Encoding": "identity"}
+            )
             with trio.move_on_after(self._headers_timeout_s):
                 return await http.send(request, stream=True)
+            failure = f"no answer in {self._headers_timeout_s:g} s"
         except trio.Cancelled:
             if trio.current_time() - asked_at >= HANGING_AFTER_S:
                 self._turn_from(endpoint, access)
             raise
+        except (httpx.LocalProtocolError, UnicodeError):
+            # Only the token can be at fault, and such an error quotes it: so it is not chained either.
+            failure = "the token has characters that HTTP cannot carry"
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as exc:
             raise GlanceUnavailable(f"{what}: {endpoint}: {_failure(exc)}") from without_frames(exc)
-        raise GlanceUnavailable(f"{what}: {endpoint} did not answer in {self._headers_timeout_s:g} s")
+        raise GlanceUnavailable(f"{what}: {endpoint}: {failure}")
 
     def _client(self, access: Access) -> httpx.AsyncClient:
         # Made late: the certificates to trust are known only with the first access.

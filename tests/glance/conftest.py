@@ -1,4 +1,4 @@
-"""The servers that one contract is held against: the embedded Glance, with ranges and without, and the real one."""
+"""The servers under one contract: the embedded Glance, with ranges and without, and the real one."""
 
 from __future__ import annotations
 
@@ -141,6 +141,8 @@ async def server(backend: tuple[str, Any], embedded: tuple[EmbeddedGlance, str])
     else:
         real, headers["X-Auth-Token"] = made
         url, auth, data_path = real.url, KeystoneAuth("here"), real.data.joinpath
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=30) as http:
-        async with aclosing(make_client(auth)) as client:
-            yield Server(client, http, data_path, not name.endswith("without ranges"), name == "real")
+    async with (
+        httpx.AsyncClient(base_url=url, headers=headers, timeout=30) as http,
+        aclosing(make_client(auth)) as client,
+    ):
+        yield Server(client, http, data_path, not name.endswith("without ranges"), name == "real")

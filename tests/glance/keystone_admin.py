@@ -1,4 +1,4 @@
-"""What the tests need made in a real Keystone: a project's member, the image endpoint, credentials, revocation."""
+"""What the tests need made in a real Keystone: members, the image endpoint, credentials, revocation."""
 
 from __future__ import annotations
 

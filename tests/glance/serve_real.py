@@ -1,6 +1,6 @@
 """Serves the real Glance or Keystone on cheroot; runs in their virtual environment, not in ours.
 
-`serve_real.py glance|keystone PORT`; the configuration folder is in OS_GLANCE_CONFIG_DIR or OS_KEYSTONE_CONFIG_DIR.
+`serve_real.py glance|keystone PORT`; OS_GLANCE_CONFIG_DIR or OS_KEYSTONE_CONFIG_DIR names its configuration.
 """
 
 import importlib

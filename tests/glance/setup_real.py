@@ -1,7 +1,7 @@
 """Installs the real Glance and Keystone into a virtual environment of their own and makes their databases.
 
-Run by `make test`, before the tests: `python tests/glance/setup_real.py`.  Done once, told by a stamp that names
-the versions.  Without a package index it says so and ends well: the tests then skip and name what is missing.
+Run by `make test` before the tests.  Done once, told by a stamp that names the versions.  Without a package
+index it says so and ends well: the tests then skip and name what is missing.
 """
 
 from __future__ import annotations

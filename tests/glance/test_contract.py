@@ -29,10 +29,15 @@ async def read_range(server: Server, image_id: str, start: int, stop: int, size_
         return b"".join([piece async for piece in pieces])
 
 
-async def read_stream(server: Server, image_id: str, size_bytes: int = SIZE) -> bytes:
-    """Return all that the client gives of the whole image."""
+async def read_stream(
+    server: Server, image_id: str, size_bytes: int = SIZE, into: bytearray | None = None
+) -> bytes:
+    """Return all that the client gives of the whole image; what came stays in `into` when it fails."""
+    into = bytearray() if into is None else into
     async with server.client.open_stream(image_id, size_bytes=size_bytes) as pieces:
-        return b"".join([piece async for piece in pieces])
+        async for piece in pieces:
+            into += piece
+    return bytes(into)
 
 
 async def test_record_says_what_was_uploaded(server: Server) -> None:
@@ -154,9 +159,7 @@ async def test_truncated_data_ends_in_an_error_after_what_came(server: Server) -
         file.truncate(100_000)
     came = bytearray()
     with pytest.raises(GlanceUnavailable):
-        async with server.client.open_stream(image_id, size_bytes=SIZE) as pieces:
-            async for piece in pieces:
-                came += piece
+        await read_stream(server, image_id, into=came)
     assert DATA.startswith(bytes(came))
     assert len(came) <= 100_000
 
