@@ -25,9 +25,9 @@ from lazyimg.core.identity import ImageRecord
 
 HERE = Path(__file__).parent
 READ_AHEAD_KIB = 1024
-# CPUs of fio and of the daemons.  Where the scheduler puts them decides a 4 KiB read more than what they do: on
-# a 2-CPU virtual machine the C loop did 13k to 72k IOPS when free, 9k to 15k apart, where each read waits for
-# an idle CPU to wake, and 62k to 87k on one CPU (2026-11-23).  So both are measured and both have to be good.
+# CPUs of fio and of the daemons.  Where the scheduler puts them decides a 4 KiB read more than what they do:
+# on a 2-CPU virtual machine the C loop did 13k to 72k IOPS when free, 9k to 15k apart, where each read waits
+# for an idle CPU to wake, and 62k to 87k on one CPU (2026-11-23).  So both are measured, both have to be good.
 PLACEMENTS = {"free": None, "apart": (0, 1), "same": (0, 0)}
 LOCAL = "local file"
 C_LOOP = "C libfuse loop"
@@ -144,7 +144,8 @@ def place(placement: str, readers: list[Reader]) -> None:
     cpus = PLACEMENTS[placement]
     os.sched_setaffinity(0, every_cpu if cpus is None else {cpus[0]})
     for reader in readers:
-        if reader.daemon_id is not None:
+        # A daemon that ended meanwhile is reported where its mount ends.
+        if reader.daemon_id is not None and Path(f"/proc/{reader.daemon_id}").exists():
             for thread in Path(f"/proc/{reader.daemon_id}/task").iterdir():
                 os.sched_setaffinity(int(thread.name), every_cpu if cpus is None else {cpus[1]})
 

@@ -58,6 +58,10 @@ def mount(endpoint: str, folder: Path) -> Iterator[Mounted]:
             return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
         machine.wait_until(is_ready, f"lazyimg status on {control}")
-        yield Mounted(mountpoint, control, process.pid)
+        mounted = Mounted(mountpoint, control, process.pid)
+        daemon_id = mounted.status()["daemon_pid"]
+        yield mounted
+        if mounted.status()["daemon_pid"] != daemon_id:
+            sys.exit(f"the daemon ended and was replaced while it was measured:\n{log.read_text().strip()}")
     if mountpoint.is_mount():
         sys.exit(f"{mountpoint} is still mounted after lazyimg ended; its log is {log}")
