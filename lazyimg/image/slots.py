@@ -40,8 +40,15 @@ class FlightSlots:
         self._free += 1
         if not urgent:
             self._background_free += 1
-        waiting = self._urgent_waiting or self._background_waiting
-        if waiting:
+        # Who is called may have no use for it any more, a pause or a reader that left: then the next is called,
+        # or the slot would lie idle while others wait for it.
+        while self._free:
+            if self._urgent_waiting:
+                waiting = self._urgent_waiting
+            elif self._background_free and self._background_waiting:
+                waiting = self._background_waiting
+            else:
+                return
             when_free = next(iter(waiting))
             del waiting[when_free]
             when_free()
