@@ -1,0 +1,11 @@
+"""The fixtures of a real mount, for the tests of this folder."""
+
+from mount_fixtures import (  # noqa: F401  (used by name)
+    _shared_glance,
+    _shared_mount,
+    glance,
+    make_glance,
+    make_mount,
+    mountable,
+    mounted,
+)
