@@ -112,9 +112,9 @@ class Fetcher:
         self._whole_bodies = 0
         self._ranges_proven = False
         self._is_streaming = False
-        # A stream that only a lookup wanted ends when it has that; one begun for a reader goes to the end,
-        # since the next would begin at zero again.
-        self._stream_to_end = False
+        # False while only lookups want bytes: their flights may take the slots kept for them, and their stream ends
+        # when it has what they want.  One for a reader goes to the end, since the next would begin at zero again.
+        self._has_reader = False
         self._slot_free = trio.Event()
         self._is_paused = False
         self._pause_over = trio.Event()
@@ -161,7 +161,7 @@ class Fetcher:
             wants[chunk] = want
         if not wants:
             return got
-        self._stream_to_end |= not for_lookup
+        self._has_reader |= not for_lookup
         self._plan.want(self._view.pieces(wants), urgent=urgent)
         self._want_ahead(ahead)
         limit_s = self._read_timeout_s if urgent else float("inf")
@@ -194,7 +194,7 @@ class Fetcher:
 
     def abandon_background(self) -> None:
         """Forget what nobody waits for; flights under way are let arrive, a stream ends when it can."""
-        self._stream_to_end = False
+        self._has_reader = False
         kept = {chunk for chunk, want in self._wants.items() if not want.is_urgent}
         self._plan.abandon_background()
         self._plan.want(self._view.pieces(kept), urgent=False)
@@ -241,7 +241,9 @@ class Fetcher:
             return
         for urgent in (True, False):
             while self._plan.has_urgent if urgent else self._plan.has_background:
-                if not self._slots.take_nowait(urgent=urgent, when_free=self._pump):
+                if not self._slots.take_nowait(
+                    urgent=urgent, when_free=self._pump, for_lookup=not self._has_reader
+                ):
                     break
                 request = self._plan.next_request(urgent=urgent)
                 assert request is not None
@@ -330,7 +332,9 @@ class Fetcher:
             self._is_streaming = False
 
     async def _stream_once(self) -> None:
-        while not self._slots.take_nowait(urgent=True, when_free=self._slot_free.set):
+        while not self._slots.take_nowait(
+            urgent=True, when_free=self._slot_free.set, for_lookup=not self._has_reader
+        ):
             await self._slot_free.wait()
             self._slot_free = trio.Event()
         try:
@@ -343,7 +347,7 @@ class Fetcher:
                         await self._arrived(piece, whole)
                     for reader in self._readers:
                         reader.deadline = trio.current_time() + self._read_timeout_s
-                    if not self._wants and not self._stream_to_end:
+                    if not self._wants and not self._has_reader:
                         return
         finally:
             self._slots.give_back(urgent=True)

@@ -1,6 +1,7 @@
 """Limits that all images share: flights at once, and bytes received but not yet written.
 
-Guards I4: no background flight starts while an urgent want waits for a slot; and I5.
+Guards I4: no background flight starts while an urgent want waits for a slot; I5; and I6: some slots are kept for
+lookups, so that an image whose bytes do not come keeps no other from being found.
 """
 
 from __future__ import annotations
@@ -9,26 +10,35 @@ from collections.abc import Callable
 
 import trio
 
+# One in so many slots is for lookups alone; they need it rarely, for the first MiB of a new image.
+SLOTS_PER_LOOKUP_SLOT = 8
+
 
 class FlightSlots:
-    """How many requests are out at once, over all images; urgent ones are served first."""
+    """How many requests are out at once, over all images: those of lookups first, then urgent ones."""
 
     def __init__(self, requests_max: int, background_requests_max: int) -> None:
         self._free = requests_max
+        self._kept_for_lookups = requests_max // SLOTS_PER_LOOKUP_SLOT
         self._background_free = background_requests_max
         # Who to call when a slot is free, in the order of asking; a dict so that nobody stands in it twice.
+        self._lookups_waiting: dict[Callable[[], None], None] = {}
         self._urgent_waiting: dict[Callable[[], None], None] = {}
         self._background_waiting: dict[Callable[[], None], None] = {}
 
-    def take_nowait(self, *, urgent: bool, when_free: Callable[[], None]) -> bool:
-        """Take a slot, or return False and call `when_free` once when it is worth trying again."""
+    def take_nowait(self, *, urgent: bool, when_free: Callable[[], None], for_lookup: bool = False) -> bool:
+        """Take a slot, or return False and call `when_free` once when it is worth trying again.
+
+        for_lookup: of an urgent flight, that nothing but a lookup waits for it.
+        """
         if urgent:
-            if self._free:
+            if self._free > (0 if for_lookup else self._kept_for_lookups):
                 self._free -= 1
                 return True
-            self._urgent_waiting[when_free] = None
+            waiting = self._lookups_waiting if for_lookup else self._urgent_waiting
+            waiting[when_free] = None
             return False
-        if self._free and self._background_free and not self._urgent_waiting:
+        if self._free > self._kept_for_lookups and self._background_free and not self._urgent_waiting:
             self._free -= 1
             self._background_free -= 1
             return True
@@ -42,16 +52,20 @@ class FlightSlots:
             self._background_free += 1
         # Who is called may have no use for it any more, a pause or a reader that left: then the next is called,
         # or the slot would lie idle while others wait for it.
-        while self._free:
-            if self._urgent_waiting:
-                waiting = self._urgent_waiting
-            elif self._background_free and self._background_waiting:
-                waiting = self._background_waiting
-            else:
-                return
+        while waiting := self._next_waiting():
             when_free = next(iter(waiting))
             del waiting[when_free]
             when_free()
+
+    def _next_waiting(self) -> dict[Callable[[], None], None]:
+        """Return those of whom the next in turn may take a slot now; empty if there are none."""
+        if self._free and self._lookups_waiting:
+            return self._lookups_waiting
+        if self._free <= self._kept_for_lookups:
+            return {}
+        if not self._urgent_waiting and self._background_free:
+            return self._background_waiting
+        return self._urgent_waiting
 
 
 class ByteBudget:

@@ -175,3 +175,39 @@ def test_callbacks_are_called_once_each() -> None:
         assert not slots.take_nowait(urgent=True, when_free=when_free)
     slots.give_back(urgent=True)
     assert calls == [1]
+
+
+def test_lookups_have_slots_that_reads_cannot_take() -> None:
+    """[I6] Reads that stall leave slots in which a lookup's flight starts at once, and no more than those."""
+    slots = FlightSlots(16, 4)
+    fill(slots, urgent=True, count=14)
+    assert not slots.take_nowait(urgent=True, when_free=lambda: None)
+    assert not slots.take_nowait(urgent=False, when_free=lambda: None)
+    for _ in range(2):
+        assert slots.take_nowait(urgent=True, when_free=never, for_lookup=True)
+    assert not slots.take_nowait(urgent=True, when_free=lambda: None, for_lookup=True)
+
+
+def test_lookup_that_waits_is_served_before_reads_that_wait() -> None:
+    """[I6] A slot that becomes free goes to the lookup, the next one to the read that came before it."""
+    slots = FlightSlots(8, 1)
+    fill(slots, urgent=True, count=7)
+    assert slots.take_nowait(urgent=True, when_free=never, for_lookup=True)
+    served: list[str] = []
+
+    def serve(name: str, *, for_lookup: bool) -> Callable[[], None]:
+        def when_free() -> None:
+            assert slots.take_nowait(urgent=True, when_free=never, for_lookup=for_lookup)
+            served.append(name)
+
+        return when_free
+
+    read, lookup = serve("read", for_lookup=False), serve("lookup", for_lookup=True)
+    assert not slots.take_nowait(urgent=True, when_free=read)
+    assert not slots.take_nowait(urgent=True, when_free=lookup, for_lookup=True)
+    slots.give_back(urgent=True)
+    assert served == ["lookup"]
+    slots.give_back(urgent=True)
+    assert served == ["lookup"], "what is free now is kept for lookups"
+    slots.give_back(urgent=True)
+    assert served == ["lookup", "read"]
