@@ -8,7 +8,8 @@
     │       └── WholeBody                Glance sent the whole image where a range was asked
     ├── ImageNotFound                4   Glance has no such image, or does not show it to us (404)
     ├── ImageRefused                 5   it exists and must not or cannot be presented
-    │   └── ImageForbidden               Glance refuses its record or its bytes (403)
+    │   ├── ImageForbidden               Glance refuses its record or its bytes (403)
+    │   └── SourceDamaged                its own tables or compressed clusters are not what its format allows
     ├── InUse                        6   a mount, mountpoint, cache folder, socket or image is busy
     ├── DestinationRefused           7   a DEST that exists or a size that does not fit
     ├── CredentialsRefused           8   Keystone or Glance does not accept the credentials
@@ -79,6 +80,10 @@ class ImageRefused(LazyImgError):
 
 class ImageForbidden(ImageRefused):
     """Glance refuses the image's record or bytes to these credentials, or it is deactivated."""
+
+
+class SourceDamaged(ImageRefused):
+    """A part of the source is not what its format allows; other parts of the image may be readable."""
 
 
 class InUse(LazyImgError):
