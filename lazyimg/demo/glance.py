@@ -19,7 +19,7 @@ from typing import Any
 import hypercorn.config
 import hypercorn.trio
 import trio
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
@@ -221,15 +221,21 @@ class EmbeddedGlance:
         writer = DataWriter(self.images.data_path(image_id))
         self.images.change(image_id, {"status": "saving"})
         try:
-            block = bytearray()
-            async for piece in request.stream():
-                block += piece
-                while len(block) >= BLOCK_SIZE_BYTES:
-                    await trio.to_thread.run_sync(writer.write, block[:BLOCK_SIZE_BYTES])
-                    del block[:BLOCK_SIZE_BYTES]
-            await trio.to_thread.run_sync(writer.write, block)
+            # One block is hashed and written while the next arrives.
+            to_writer, blocks = trio.open_memory_channel[bytearray](1)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_write_all, writer, blocks)
+                async with to_writer:
+                    block = bytearray()
+                    async for piece in request.stream():
+                        block += piece
+                        if len(block) >= BLOCK_SIZE_BYTES:
+                            await to_writer.send(block[:BLOCK_SIZE_BYTES])
+                            del block[:BLOCK_SIZE_BYTES]
+                    await to_writer.send(block)
             size_bytes, md5, sha512 = await trio.to_thread.run_sync(writer.finish)
-        except (ClientDisconnect, trio.Cancelled):
+        except BaseException:
+            # Most often the client went away.
             writer.abandon()
             self.images.change(image_id, {"status": "queued"})
             raise
@@ -335,6 +341,11 @@ async def _serve_until_signal(glance: EmbeddedGlance, host: str, port: int) -> N
             print(url, flush=True)
             await anext(signals)
             nursery.cancel_scope.cancel()
+
+
+async def _write_all(writer: DataWriter, blocks: trio.MemoryReceiveChannel[bytearray]) -> None:
+    async for block in blocks:
+        await trio.to_thread.run_sync(writer.write, block)
 
 
 def _kind_and_image(path: str) -> tuple[str, str | None]:

@@ -7,7 +7,7 @@ import itertools
 import uuid
 
 import pytest
-from conftest import Server
+from glance_under_test import Server
 
 import lazyimg.glance.client
 from lazyimg.errors import GlanceUnavailable, ImageForbidden, ImageNotFound, RangesNotSupported
@@ -74,7 +74,7 @@ async def test_list_has_every_image_newest_first(server: Server, monkeypatch: py
 async def test_range_is_exact_or_refused_as_unsupported(server: Server) -> None:
     """A range is its bytes, whatever its offsets; a store without ranges is told apart."""
     image_id = await server.upload(DATA)
-    edges = (0, 1, 7, 4097, 65535, 65536, 65537, 131072, 300_001, SIZE - 1, SIZE)
+    edges = (0, 1, 4097, 65536, 300_001, SIZE - 1, SIZE)
     for start, stop in itertools.combinations(edges, 2):
         if server.has_ranges:
             assert await read_range(server, image_id, start, stop) == DATA[start:stop]

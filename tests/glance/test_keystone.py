@@ -8,7 +8,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from conftest import make_client
+from glance_under_test import make_client
 from keystone_admin import KeystoneAdmin, Member, password_auth
 from real_servers import RealGlance
 

@@ -128,7 +128,7 @@ def with_locals(exc: BaseException) -> str:
 async def _use(auth: Auth) -> LazyImgError | None:
     """Log in, list and read a range; return what was raised."""
     client = GlanceClient(
-        auth, connect_timeout_s=1, first_byte_timeout_s=1, between_bytes_timeout_s=1, connections_max=2
+        auth, connect_timeout_s=5, first_byte_timeout_s=5, between_bytes_timeout_s=5, connections_max=2
     )
     async with aclosing(client):
         try:
@@ -208,7 +208,7 @@ async def test_no_repr_shows_a_secret(cloud: ThreadingHTTPServer) -> None:
     access = await auth.access()
     assert access.headers["X-Auth-Token"] == TOKEN
     client = GlanceClient(
-        auth, connect_timeout_s=1, first_byte_timeout_s=1, between_bytes_timeout_s=1, connections_max=2
+        auth, connect_timeout_s=5, first_byte_timeout_s=5, between_bytes_timeout_s=5, connections_max=2
     )
     assert_no_secret(repr(access), repr(auth), repr(client), repr(SdkLogin("here")), str(access))
 
