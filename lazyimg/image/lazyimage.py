@@ -98,8 +98,11 @@ class LazyImage:
         self.is_dropped = True
         self.fetcher.stop()
 
-    def read_nowait(self, start: int, size_bytes: int) -> bytes | None:
-        """Return the bytes if they are present, proven and in the page cache, else None: await `read`."""
+    def read_nowait(self, start: int, size_bytes: int) -> bytes | memoryview | None:
+        """Return the bytes if they are present, proven and in the page cache, else None: await `read`.
+
+        They must be used before the next `await`; see ChunkFile.read_nowait.
+        """
         stop = min(start + size_bytes, self.size_bytes)
         if start >= stop:
             return b""

@@ -96,10 +96,11 @@ class ChunkFile:
         states = self._presence.states(chunks)
         return [chunks[i] for i, state in enumerate(states) if state == ABSENT]
 
-    def read_nowait(self, start: int, stop: int) -> bytes | None:
+    def read_nowait(self, start: int, stop: int) -> memoryview | None:
         """Return the bytes `[start, stop)`, not empty and within the file, or None: ask `read` in a thread.
 
-        Only for chunks that are proven, or just written, and bytes in the page cache.  Called from one thread
+        The view is of a shared buffer, overwritten by the next call on any file: use it before the next
+        `await`.  A copy would cost as much as the read itself.  Only for chunks that are proven, or just written, and bytes in the page cache.  Called from one thread
         only.
         """
         first = start // CHUNK_SIZE_BYTES
@@ -224,7 +225,7 @@ class ChunkFile:
                 os.close(self._fd)
         self._presence.close()
 
-    def _pread_nowait(self, start: int, stop: int) -> bytes | None:
+    def _pread_nowait(self, start: int, stop: int) -> memoryview | None:
         part = self._buffer[: stop - start]
         try:
             count = os.preadv(self._fd, (part,), start, os.RWF_NOWAIT)
@@ -233,9 +234,9 @@ class ChunkFile:
         except OSError:
             # EIO, or a file system without RWF_NOWAIT: the thread finds out which.
             return None
-        return bytes(part) if count == stop - start else None
+        return part if count == stop - start else None
 
-    def _read_unproven_nowait(self, start: int, stop: int, chunks: range) -> bytes | None:
+    def _read_unproven_nowait(self, start: int, stop: int, chunks: range) -> memoryview | None:
         """Read chunks that were written and await `commit`, checked each time.
 
         Their write-back can still fail, and the kernel then may read older bytes from the disk.  A guest
