@@ -95,6 +95,13 @@ class ServedGlance:
         created = self._ask("POST", "/v2/images", record)
         return str(created["id"])
 
+    def upload(self, image_id: str, content: bytes) -> None:
+        """Give a queued image its data."""
+        request = urllib.request.Request(f"{self.url}/v2/images/{image_id}/file", content)
+        request.add_header("Content-Type", "application/octet-stream")
+        request.method = "PUT"
+        urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S).close()
+
     def delete(self, image: ServedImage) -> None:
         self._ask("DELETE", f"/v2/images/{image.id}")
 
@@ -113,7 +120,9 @@ class ServedGlance:
 
     def data_requests(self, image: ServedImage) -> list[Mapping[str, Any]]:
         """Return the requests for an image's bytes."""
-        return [one for one in self.requests(image) if one["method"] == "GET" and one["path"].endswith("/file")]
+        return [
+            one for one in self.requests(image) if one["method"] == "GET" and one["path"].endswith("/file")
+        ]
 
     def _ask(self, method: str, path: str, body: object = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
