@@ -200,6 +200,8 @@ class ImageRig:
         self.write_limiter = trio.CapacityLimiter(4)
         self.hash_limiter = trio.CapacityLimiter(1)
         self.writers: list[Writer] = []
+        # By image id; the last one opened of each.
+        self.files: dict[str, ChunkFile] = {}
 
     def add(self, number: int, size_bytes: int, **changes: object) -> LazyImage:
         """Upload an image and open it here, nothing of it present."""
@@ -207,7 +209,13 @@ class ImageRig:
         self.cache.index.put(replace(image_entry(number, size_bytes), record=record))
         return self.make_image(record, self.cache.open_image(record.key("stored")))
 
+    @property
+    def file(self) -> ChunkFile:
+        """The chunk file of the image that was opened last."""
+        return next(reversed(self.files.values()))
+
     def make_image(self, record: ImageRecord, file: ChunkFile) -> LazyImage:
+        self.files[record.id] = file
         writer = Writer(file, self.space, self.budget, self.write_limiter, self.nursery)
         self.writers.append(writer)
         readahead = Readahead(256 << 10, self.request_bytes_max)
@@ -254,6 +262,25 @@ class ImageRig:
         """Wait until all that arrived is on file or given up."""
         for writer in self.writers:
             await writer.wait_idle()
+
+
+class Reader:
+    """A fetch in a task of its own."""
+
+    def __init__(self, nursery: trio.Nursery, fetcher: Fetcher, *chunks: int, urgent: bool = True) -> None:
+        self.got: dict[int, bytes] | None = None
+        self.error: Exception | None = None
+        self.ended_at: float | None = None
+        self.scope = trio.CancelScope()
+        nursery.start_soon(self._run, fetcher, chunks, urgent)
+
+    async def _run(self, fetcher: Fetcher, chunks: Sequence[int], urgent: bool) -> None:
+        with self.scope:
+            try:
+                self.got = await fetcher.fetch(chunks, urgent=urgent)
+            except Exception as exc:
+                self.error = exc
+            self.ended_at = trio.current_time()
 
 
 def chunk_bytes(number: int, chunks: Sequence[int], size_bytes: int) -> dict[int, bytes]:

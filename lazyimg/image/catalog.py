@@ -26,8 +26,8 @@ from lazyimg.errors import (
     LazyImgError,
     LookupUndecided,
 )
-from lazyimg.image.fetcher import Glance
 from lazyimg.image.lazyimage import LazyImage
+from lazyimg.image.source import Glance
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.chunkfile import ChunkFile
 from lazyimg.store.entry import ImageEntry

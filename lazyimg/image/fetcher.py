@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import trio
 
 from lazyimg.core.fetchplan import FetchPlan, Piece, Request
-from lazyimg.core.identity import ImageRecord
 from lazyimg.errors import (
     GlanceUnavailable,
     ImageForbidden,
@@ -28,12 +25,12 @@ from lazyimg.errors import (
     WholeBody,
 )
 from lazyimg.image.slots import FlightSlots
+from lazyimg.image.source import Cutter, Glance, SourceKind
 from lazyimg.image.view import View
+from lazyimg.image.want import Want
 from lazyimg.image.writer import Writer
 
 logger = logging.getLogger(__name__)
-
-SourceKind = Literal["ranges", "location", "stream"]
 
 # First pause after a failed attempt; doubles, half of it by chance, up to `retry_pause_max`.
 RETRY_PAUSE_MIN_S = 0.05
@@ -41,31 +38,6 @@ RETRY_PAUSE_MIN_S = 0.05
 WHOLE_BODIES_MAX = 3
 # Failures in a row that an operator should hear of; the others are told at INFO.
 FAILURES_TOLD = 3
-
-
-class Glance(Protocol):
-    """What the fetcher needs of Glance: one attempt a call, errors of lazyimg.errors."""
-
-    async def image(self, image_id: str) -> ImageRecord: ...
-
-    def open_range(
-        self, image_id: str, start: int, stop: int, *, size_bytes: int
-    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...
-
-    def open_stream(
-        self, image_id: str, *, size_bytes: int
-    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...
-
-
-@dataclass(slots=True)
-class _Want:
-    """A chunk somebody waits for."""
-
-    is_urgent: bool
-    waiters: int = 0
-    arrived: trio.Event = field(default_factory=trio.Event)
-    data: bytes | None = None
-    error: LazyImgError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +76,7 @@ class Fetcher:
         self._read_timeout_s = read_timeout_s
         self._retry_pause_max_s = retry_pause_max_s
         self._plan = FetchPlan(request_bytes_max)
-        self._wants: dict[int, _Want] = {}
+        self._wants: dict[int, Want] = {}
         self._flights: set[trio.CancelScope] = set()
         # Scopes of those who wait in `fetch`; a stream that goes on moves their deadlines.
         self._readers: set[trio.CancelScope] = set()
@@ -115,9 +87,7 @@ class Fetcher:
         # False while only lookups want bytes: their flights may take the slots kept for them, and their stream ends
         # when it has what they want.  One for a reader goes to the end, since the next would begin at zero again.
         self._has_reader = False
-        self._slot_free = trio.Event()
         self._is_paused = False
-        self._pause_over = trio.Event()
         self._is_stopped = False
         self._failures = 0
         self._requests = 0
@@ -148,21 +118,23 @@ class Fetcher:
         wait as long as it takes.  Raises ImageNotFound or ImageForbidden once Glance's record of the image
         itself says so.  Cancellation leaves the flights as they are.
         """
+        if self._is_stopped:
+            raise self._dropped()
         got: dict[int, bytes] = {}
-        wants: dict[int, _Want] = {}
+        wants: dict[int, Want] = {}
         for chunk in chunks:
             data = self._writer.unwritten(chunk)
             if data is not None:
                 got[chunk] = data
                 continue
-            want = self._wants.setdefault(chunk, _Want(urgent))
+            want = self._wants.setdefault(chunk, Want(urgent))
             want.is_urgent |= urgent
             want.waiters += 1
             wants[chunk] = want
         if not wants:
             return got
         self._has_reader |= not for_lookup
-        self._plan.want(self._view.pieces(wants), urgent=urgent)
+        self._want(self._view.pieces(wants), urgent=urgent)
         self._want_ahead(ahead)
         limit_s = self._read_timeout_s if urgent else float("inf")
         scope = trio.CancelScope(deadline=trio.current_time() + limit_s)
@@ -173,7 +145,7 @@ class Fetcher:
             with scope:
                 for chunk, want in wants.items():
                     await want.arrived.wait()
-                    got[chunk] = _outcome(want)
+                    got[chunk] = want.outcome()
                 return got
         finally:
             self._readers.discard(scope)
@@ -197,7 +169,7 @@ class Fetcher:
         self._has_reader = False
         kept = {chunk for chunk, want in self._wants.items() if not want.is_urgent}
         self._plan.abandon_background()
-        self._plan.want(self._view.pieces(kept), urgent=False)
+        self._want(self._view.pieces(kept), urgent=False)
 
     def stop(self) -> None:
         """End all flights; whoever still waits is told that the image was dropped."""
@@ -205,17 +177,23 @@ class Fetcher:
         self._writer.stop()
         for scope in self._flights:
             scope.cancel()
-        self._fail_all(GlanceUnavailable(f"image {self._image_id}: dropped from the cache; open it again"))
+        self._fail_all(self._dropped())
+
+    def _dropped(self) -> GlanceUnavailable:
+        return GlanceUnavailable(f"image {self._image_id}: dropped from the cache; open it again")
 
     # ── what is wanted ──
 
-    def _want_ahead(self, chunks: Iterable[int]) -> None:
+    def _want(self, pieces: Iterable[Piece], *, urgent: bool) -> None:
         # A stream brings everything in its own order anyway.
         if self.source != "stream":
-            absent = (chunk for chunk in chunks if not self._writer.holds(chunk))
-            self._plan.want(self._view.pieces(absent), urgent=False)
+            self._plan.want(pieces, urgent=urgent)
 
-    def _leave(self, wants: dict[int, _Want]) -> None:
+    def _want_ahead(self, chunks: Iterable[int]) -> None:
+        absent = (chunk for chunk in chunks if not self._writer.holds(chunk))
+        self._want(self._view.pieces(absent), urgent=False)
+
+    def _leave(self, wants: dict[int, Want]) -> None:
         """Take one waiter off each want; what nobody waits for and no flight brings is no longer wanted."""
         for chunk, want in wants.items():
             want.waiters -= 1
@@ -235,27 +213,30 @@ class Fetcher:
         if self._is_paused or self._is_stopped:
             return
         if self.source == "stream":
-            if self._wants and not self._is_streaming:
+            if self._wants and not self._is_streaming and self._take_slot(urgent=True):
                 self._is_streaming = True
                 self._nursery.start_soon(self._guarded, self._stream)
             return
         for urgent in (True, False):
             while self._plan.has_urgent if urgent else self._plan.has_background:
-                if not self._slots.take_nowait(
-                    urgent=urgent, when_free=self._pump, for_lookup=not self._has_reader
-                ):
+                if not self._take_slot(urgent=urgent):
                     break
                 request = self._plan.next_request(urgent=urgent)
                 assert request is not None
                 self._nursery.start_soon(self._guarded, self._fly, request)
 
-    async def _guarded(self, flight: object, *args: object) -> None:
-        """Run a flight so that no bug in it ends the mount; the pieces it lost are asked for again."""
+    def _take_slot(self, *, urgent: bool) -> bool:
+        return self._slots.take_nowait(urgent=urgent, when_free=self._pump, for_lookup=not self._has_reader)
+
+    async def _guarded(self, flight: Callable[..., Awaitable[None]], *args: object) -> None:
+        """Run a flight in a scope that `stop` can cancel."""
         scope = trio.CancelScope()
+        if self._is_stopped:
+            scope.cancel()
         self._flights.add(scope)
         try:
             with scope:
-                await flight(*args)  # type: ignore[operator]
+                await flight(*args)
         finally:
             self._flights.discard(scope)
 
@@ -273,12 +254,14 @@ class Fetcher:
                 request.stop,
                 size_bytes=self._view.source_size_bytes,
             ) as body:
-                cutter = _Cutter(request.pieces)
+                cutter = Cutter(request.pieces)
                 async for data in body:
                     for piece, whole in cutter.feed(data):
                         # From here the piece is the writer's, also when the write fails or is cancelled.
                         arrived += 1
                         await self._arrived(piece, whole)
+            if arrived < len(request.pieces):
+                raise GlanceUnavailable(f"image {self._image_id}: a body ended early without an error")
             self._ranges_proven = True
             self._whole_bodies = 0
         except LazyImgError as exc:
@@ -311,46 +294,37 @@ class Fetcher:
         for piece in pieces:
             wants = [self._wants[c] for c in self._view.chunks(piece) if c in self._wants]
             if wants:
-                self._plan.want((piece,), urgent=any(want.is_urgent for want in wants))
+                self._want((piece,), urgent=any(want.is_urgent for want in wants))
 
     # ── the stream ──
 
     async def _stream(self) -> None:
-        """Read the source from its start, for as long as anybody waits; the rest of it too, if a guest does."""
+        """Read the source from its start, for as long as anybody waits; to its end, if a guest does."""
+        self._requests += 1
+        error: LazyImgError | None = None
         try:
-            while self._wants and not self._is_stopped:
-                try:
-                    await self._stream_once()
-                except LazyImgError as exc:
-                    await self._after_failure(exc)
-                except Exception as exc:
-                    logger.exception("image %s: a stream failed in an unforeseen way", self._image_id)
-                    await self._after_failure(GlanceUnavailable(f"internal error: {exc!r}; will retry"))
-                while self._is_paused:
-                    await self._pause_over.wait()
-        finally:
-            self._is_streaming = False
-
-    async def _stream_once(self) -> None:
-        while not self._slots.take_nowait(
-            urgent=True, when_free=self._slot_free.set, for_lookup=not self._has_reader
-        ):
-            await self._slot_free.wait()
-            self._slot_free = trio.Event()
-        try:
-            self._requests += 1
             size_bytes = self._view.source_size_bytes
             async with self._glance.open_stream(self._image_id, size_bytes=size_bytes) as body:
-                cutter = _Cutter(self._view.stream_pieces())
+                cutter = Cutter(self._view.stream_pieces())
                 async for data in body:
                     for piece, whole in cutter.feed(data):
                         await self._arrived(piece, whole)
                     for reader in self._readers:
                         reader.deadline = trio.current_time() + self._read_timeout_s
                     if not self._wants and not self._has_reader:
-                        return
+                        break
+        except LazyImgError as exc:
+            error = exc
+        except Exception as exc:
+            logger.exception("image %s: a stream failed in an unforeseen way", self._image_id)
+            error = GlanceUnavailable(f"image {self._image_id}: internal error: {exc!r}; will retry")
         finally:
             self._slots.give_back(urgent=True)
+            self._is_streaming = False
+        if error is not None:
+            await self._after_failure(error)
+        # Whoever waits for what this stream had passed already is served by another.
+        self._pump()
 
     # ── failures ──
 
@@ -380,6 +354,8 @@ class Fetcher:
             return True
         except LazyImgError as exc:
             self._last_error = exc
+        except Exception:
+            logger.exception("image %s: asking for its record failed in an unforeseen way", self._image_id)
         return False
 
     def _become_stream(self, why: LazyImgError) -> None:
@@ -405,37 +381,7 @@ class Fetcher:
         level = logging.WARNING if self._failures == FAILURES_TOLD else logging.INFO
         logger.log(level, "image %s: %s; trying again in %.1f s", self._image_id, self._last_error, pause_s)
         self._is_paused = True
-        self._pause_over = trio.Event()
         try:
             await trio.sleep(pause_s)
         finally:
             self._is_paused = False
-            self._pause_over.set()
-
-
-def _outcome(want: _Want) -> bytes:
-    if want.error is not None:
-        # A fresh one for each reader: a shared exception would collect all their tracebacks.
-        raise type(want.error)(str(want.error)) from want.error
-    assert want.data is not None
-    return want.data
-
-
-class _Cutter:
-    """Cuts a body into the pieces it brings, one after another."""
-
-    def __init__(self, pieces: Iterable[Piece]) -> None:
-        self._expected = iter(pieces)
-        self._piece = next(self._expected, None)
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[tuple[Piece, bytes]]:
-        """Take more of the body and yield each piece that is complete, with its bytes."""
-        self._buffer += data
-        while self._piece is not None and len(self._buffer) >= self._piece.stop - self._piece.start:
-            piece = self._piece
-            size_bytes = piece.stop - piece.start
-            whole = bytes(memoryview(self._buffer)[:size_bytes])
-            del self._buffer[:size_bytes]
-            self._piece = next(self._expected, None)
-            yield piece, whole

@@ -98,10 +98,10 @@ class Writer:
 
     async def _write_out(self) -> None:
         try:
-            while self._queue:
+            while self._queue and not self._is_stopped:
                 await self._write_batch(self._next_batch())
         finally:
-            # Only cancellation at shutdown leaves anything here.
+            # Something is left only where the image was dropped, or at shutdown.
             while self._queue:
                 self._done([self._queue.popleft()])
             self._is_writing = False
