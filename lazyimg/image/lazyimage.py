@@ -5,6 +5,7 @@ Guards I1: a read returns exactly the image's bytes or raises; absence and damag
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
@@ -136,7 +137,9 @@ class LazyImage:
             except (ChunkAbsent, ChunkDamaged):
                 continue
             except OSError as exc:
-                logger.warning("image %s: the cache disk failed a read: %s", self.record.id, exc)
+                # A dropped image's file is closed, and the fetcher says so.
+                if not self.is_dropped:
+                    logger.warning("image %s: the cache disk failed a read: %s", self.record.id, exc)
                 fetched.update(await self.fetcher.fetch([c for c in chunks if c not in fetched]))
         return await self._assemble(start, stop, fetched)
 
@@ -170,23 +173,28 @@ class LazyImage:
 
         def check() -> tuple[int, SourceHash]:
             _, damaged = self._file.verify(step)
-            if (
-                damaged
-                or not self._file.is_whole
-                or not self.record.os_hash_value
-                or not self.record.os_hash_algo
-            ):
+            algo, expected = self.record.os_hash_algo, self.record.os_hash_value
+            is_known = algo in hashlib.algorithms_available and bool(expected)
+            if algo is None or not is_known or damaged or not self._file.is_whole:
                 return len(damaged), "unknown"
-            digest = self._file.hash_source(self.record.os_hash_algo, step)
-            return 0, "match" if digest == self.record.os_hash_value else "mismatch"
+            try:
+                return 0, "match" if self._file.hash_source(algo, step) == expected else "mismatch"
+            except ChunkAbsent:
+                # Dropped since it was checked, by a read that found it damaged.
+                return 0, "unknown"
+            except ChunkDamaged as exc:
+                return len(exc.chunks), "unknown"
 
         return await trio.to_thread.run_sync(check, limiter=self._hash_limiter)
 
     async def _absent(self, chunks: range) -> list[int]:
         absent = self._file.absent_nowait(chunks)
-        while absent is None:
-            await trio.to_thread.run_sync(self._file.absent, chunks, limiter=self._read_limiter)
+        if absent is None:
+            found = await trio.to_thread.run_sync(self._file.absent, chunks, limiter=self._read_limiter)
+            # Asked again, since some may have arrived meanwhile; not known still means that the index fails.
             absent = self._file.absent_nowait(chunks)
+            if absent is None:
+                absent = found
         return absent
 
     async def _assemble(self, start: int, stop: int, fetched: dict[int, bytes]) -> bytes:
