@@ -150,6 +150,8 @@ class Mapping:
         """Yield each table's part of a guest range and the table's place in the source, 0 where there is none."""
         assert self._l1 is not None, "the L1 table comes first"
         assert 0 <= start <= stop <= self._header.virtual_size_bytes
+        if start == stop:
+            return
         span = self._header.table_span_bytes
         for index in range(start // span, -(-stop // span)):
             yield max(start, index * span), min(stop, (index + 1) * span), self._l1[index] & _OFFSET_MASK
