@@ -15,7 +15,7 @@ def checksum(chunk: bytes | bytearray | memoryview) -> int:
     return xxh3_64_intdigest(chunk) or 1
 
 
-def checksums(data: bytes) -> list[int]:
+def checksums(data: bytes | memoryview) -> list[int]:
     """Return the checksum of each chunk of `data`, which begins at a chunk; the last one may be short."""
     view = memoryview(data)
     return [checksum(view[at : at + CHUNK_SIZE_BYTES]) for at in range(0, len(data), CHUNK_SIZE_BYTES)]

@@ -19,13 +19,12 @@ from lazyimg.core.chunks import CHUNK_SIZE_BYTES, chunk_count, chunk_range, chun
 from lazyimg.errors import ChunkAbsent, ChunkDamaged
 from lazyimg.store.checksum import checksum, checksums
 from lazyimg.store.entry import ImageEntry
+from lazyimg.store.fileio import pread_all, pwrite_sparse
 from lazyimg.store.index import PAGE_CHUNKS, Index
 from lazyimg.store.presence import ABSENT, PROVEN, PageLimit, Presence
 
 # The largest read the kernel sends (FUSE_MAX_MAX_PAGES of 256 pages).
 READ_BYTES_MAX = 1 << 20
-# Linux takes at most 1024 buffers a call (UIO_MAXIOV, uio.h).
-_BUFFERS_MAX = 1024
 _RUN_CHUNKS = READ_BYTES_MAX // CHUNK_SIZE_BYTES
 
 log = logging.getLogger(__name__)
@@ -51,6 +50,7 @@ class ChunkFile:
         self.key = entry.key
         self.size_bytes = entry.size_bytes
         self.chunk_count = chunk_count(entry.size_bytes)
+        self._index = index
         self._presence = Presence(index, entry, limit)
         self._pages = self._presence.pages
         self._buffer = buffer
@@ -99,9 +99,9 @@ class ChunkFile:
     def read_nowait(self, start: int, stop: int) -> memoryview | None:
         """Return the bytes `[start, stop)`, not empty and within the file, or None: ask `read` in a thread.
 
-        The view is of a shared buffer, overwritten by the next call on any file: use it before the next
-        `await`.  A copy would cost as much as the read itself.  Only for chunks that are proven, or just written, and bytes in the page cache.  Called from one thread
-        only.
+        Only for chunks that are proven, or just written, and bytes in the page cache.  Called from one thread
+        only.  The view is of a shared buffer, overwritten by the next call on any file: use it before the next
+        `await`.  A copy would cost as much as the read itself.
         """
         first = start // CHUNK_SIZE_BYTES
         last = (stop - 1) // CHUNK_SIZE_BYTES
@@ -154,7 +154,7 @@ class ChunkFile:
             for run in _runs([chunks[i] for i, state in enumerate(states) if state == ABSENT]):
                 parts = data[run.start - first_chunk : run.stop - first_chunk]
                 sums = {chunk: checksum(one) for chunk, one in zip(run, parts, strict=True)}
-                _pwrite(fd, run.start * CHUNK_SIZE_BYTES, parts)
+                pwrite_sparse(fd, run.start * CHUNK_SIZE_BYTES, parts)
                 self._presence.set_written(sums)
 
     def commit(self) -> int:
@@ -174,6 +174,14 @@ class ChunkFile:
                 raise
             self._presence.commit(written)
             return len(written)
+
+    def table(self, start: int, stop: int) -> bytes | None:
+        """Return the source's bytes `[start, stop)` that `put_table` kept, None if they are not here (thread)."""
+        return self._index.table(self.key, start, stop)
+
+    def put_table(self, start: int, data: bytes) -> None:
+        """Keep a part of the source that says where its other parts lie (thread).  Raises OSError."""
+        self._index.put_table(self.key, start, data)
 
     def drop(self, chunks: Sequence[int]) -> None:
         """Make chunks absent, durably (thread).  Their bytes stay until written again.  Raises OSError."""
@@ -257,7 +265,7 @@ class ChunkFile:
     def _read_proven(self, fd: int, start: int, stop: int) -> tuple[bytes, list[int]]:
         """Return the bytes of proven chunks, and all these chunks as damaged if they cannot be read."""
         try:
-            data = _pread(fd, start, stop)
+            data = pread_all(fd, start, stop)
         except OSError as exc:
             log.warning("%s: bytes %d to %d cannot be read: %s", self.path, start, stop, exc)
             data = b""
@@ -268,7 +276,7 @@ class ChunkFile:
         start, stop = chunks.start * CHUNK_SIZE_BYTES, min(chunks.stop * CHUNK_SIZE_BYTES, self.size_bytes)
         try:
             expected = self._presence.sums(chunks)
-            data = _pread(fd, start, stop)
+            data = pread_all(fd, start, stop)
         except OSError as exc:
             log.warning("%s: chunks %d to %d cannot be read: %s", self.path, chunks.start, chunks.stop, exc)
             return b"", list(chunks), []
@@ -326,27 +334,3 @@ def _runs(chunks: Sequence[int]) -> Iterator[range]:
         if i == len(chunks) or chunks[i] != chunks[i - 1] + 1:
             yield range(chunks[start], chunks[i - 1] + 1)
             start = i
-
-
-def _pread(fd: int, start: int, stop: int) -> bytes:
-    """Return the bytes `[start, stop)`, fewer only at the end of the file."""
-    data = os.pread(fd, stop - start, start)
-    while len(data) < stop - start:
-        more = os.pread(fd, stop - start - len(data), start + len(data))
-        if not more:
-            break
-        data += more
-    return data
-
-
-def _pwrite(fd: int, start: int, parts: Sequence[bytes | bytearray | memoryview]) -> None:
-    """Write all parts one after the other from `start` on."""
-    for at in range(0, len(parts), _BUFFERS_MAX):
-        views = [memoryview(part) for part in parts[at : at + _BUFFERS_MAX]]
-        while views:
-            count = os.pwritev(fd, views, start)
-            start += count
-            while views and count >= len(views[0]):
-                count -= len(views.pop(0))
-            if views:
-                views[0] = views[0][count:]

@@ -23,10 +23,12 @@ from pathlib import Path
 import diskcache  # type: ignore[import-untyped]  # it has no types
 from diskcache.core import MODE_RAW  # type: ignore[import-untyped]  # it has no types
 
+from lazyimg.store.checksum import checksum
 from lazyimg.store.entry import ImageEntry
 
 # 64 MiB of an image a page: 320 pages of 8 KiB for 20 GiB, and one page a commit for most boots.
 PAGE_CHUNKS = 1024
+_SUM = struct.Struct("<Q")
 _PAGE = struct.Struct(f"<{PAGE_CHUNKS}Q")
 _KEY = re.compile(r"[0-9a-f]{32}")
 _KEYS = "images"
@@ -164,6 +166,22 @@ class Index:
                 self._cache.set(f"image/{key}", entry.to_json())
             self._entries[key] = entry
 
+    def table(self, key: str, start: int, stop: int) -> bytes | None:
+        """Return the part `[start, stop)` of an image's source that was put, None if it is not here (thread)."""
+        with self._translated():
+            value = self._cache.get(_table_key(key, start))
+        if not isinstance(value, bytes) or len(value) != _SUM.size + stop - start:
+            return None
+        data = value[_SUM.size :]
+        # A wrong table would make wrong bytes of right ones.
+        return data if _SUM.unpack_from(value)[0] == checksum(data) else None
+
+    def put_table(self, key: str, start: int, data: bytes) -> None:
+        """Keep a part of an image's source, as long as the index knows the image (thread)."""
+        with self._changing():
+            if key in self._entries:
+                self._cache.set(_table_key(key, start), _SUM.pack(checksum(data)) + data, tag=key)
+
     def close(self) -> None:
         """Close the calling thread's connection; other threads' close as those threads end."""
         self._cache.close()
@@ -228,6 +246,10 @@ class Index:
                 with suppress(OSError):
                     (self._path / _DAMAGED).touch()
             raise OSError(_errno_of(exc), f"cache index {self._path}: {exc}") from exc
+
+
+def _table_key(key: str, start: int) -> str:
+    return f"table/{key}/{start}"
 
 
 def _page_key(key: str, generation: str, page_no: int) -> str:
