@@ -73,7 +73,9 @@ def children_of(pid: int) -> list[int]:
 class Mount:
     """One mountpoint with its cache, socket and log below `folder`; started again as often as a test likes."""
 
-    def __init__(self, folder: Path, endpoint: str, config: Mapping[str, object], cache_dir: Path | None) -> None:
+    def __init__(
+        self, folder: Path, endpoint: str, config: Mapping[str, object], cache_dir: Path | None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.path = folder / "_base"
@@ -215,7 +217,13 @@ class Mounts:
         self._mounts: list[Mount] = []
 
     def make(
-        self, folder: Path, endpoint: str, *, cache_dir: Path | None = None, start: bool = True, **config: object
+        self,
+        folder: Path,
+        endpoint: str,
+        *,
+        cache_dir: Path | None = None,
+        start: bool = True,
+        **config: object,
     ) -> Mount:
         """Mount `folder`/_base with these configuration keys."""
         mount = Mount(folder, endpoint, config, cache_dir)

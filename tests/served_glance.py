@@ -102,6 +102,11 @@ class ServedGlance:
         request.method = "PUT"
         urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S).close()
 
+    def record(self, image: ServedImage) -> dict[str, Any]:
+        """Return the image's record."""
+        found: dict[str, Any] = self._ask("GET", f"/v2/images/{image.id}")
+        return found
+
     def delete(self, image: ServedImage) -> None:
         self._ask("DELETE", f"/v2/images/{image.id}")
 

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.slow
 
 KERNEL = tuple(int(part) for part in os.uname().release.split(".")[:2])
 # Below, what a dead daemon had taken is not sent again (facts of <linux/fuse.h>: FUSE_NOTIFY_RESEND).
-needs_resend = pytest.mark.skipif(KERNEL < (6, 9), reason="Linux 6.9 is missing here: it sends requests again")
+needs_resend = pytest.mark.skipif(
+    KERNEL < (6, 9), reason="Linux 6.9 is missing here: it sends requests again"
+)
 
 
 def new_daemon(mount: Mount, old_pid: int) -> int:
@@ -73,7 +75,9 @@ def test_daemon_killed_again_and_again_under_readers(
 
 
 @needs_resend
-def test_open_file_outlives_the_daemon(mountable: None, make_mount: Callable[..., Mount], glance: ServedGlance) -> None:
+def test_open_file_outlives_the_daemon(
+    mountable: None, make_mount: Callable[..., Mount], glance: ServedGlance
+) -> None:
     """[I9] A file opened under one daemon is read, and counted as open, under the next; its image is not dropped."""
     image = glance.add(3 * MIB)
     mount = make_mount(glance)
@@ -185,7 +189,9 @@ def test_daemon_goes_on_without_its_holder(make_mount: Callable[..., Mount], gla
     wait_until(lambda: not is_running(daemon_pid), "the daemon's end", 20)
 
 
-def test_upper_file_opened_before_is_read_after(make_mount: Callable[..., Mount], glance: ServedGlance) -> None:
+def test_upper_file_opened_before_is_read_after(
+    make_mount: Callable[..., Mount], glance: ServedGlance
+) -> None:
     """[I9] An open file of the upper folder, in a subfolder too, is read on under the next daemon."""
     mount = make_mount(glance, start=False)
     (mount.path / "folder").mkdir()

@@ -108,22 +108,6 @@ def test_images_are_not_found_in_subfolders(mount: Mount, glance: ServedGlance) 
     assert not (mount.path / "folder" / image.base_name).exists()
 
 
-def test_upper_file_cannot_be_written(mount: Mount) -> None:
-    """Writing to a file beneath is refused with EROFS, for now, and changes nothing."""
-    path = mount.path / "file"
-    path.write_bytes(b"as it was")
-    mount.start()
-    attempts: list[Callable[[], object]] = [
-        lambda: path.write_bytes(b"other"),
-        lambda: os.truncate(path, 0),
-        lambda: path.chmod(0o600),
-    ]
-    for attempt in attempts:
-        with pytest.raises(OSError, match="Read-only file system"):
-            attempt()
-    assert path.read_bytes() == b"as it was"
-
-
 def test_file_others_may_not_read_stays_closed(mount: Mount, require: Callable[..., None]) -> None:
     """Permissions beneath hold through the mount: the kernel checks them for other users."""
     require("setpriv")
