@@ -74,6 +74,9 @@ class Config(BaseModel):
     # ── how images are shown ──
     view: Literal["stored"] = "stored"
     allow_other: bool = True
+    # What images show for owner (user or user:group, none: the upper folder's) and for permissions, in octal.
+    image_owner: Annotated[str | None, Field(pattern=r"^[^:\s]+(:[^:\s]+)?$")] = None
+    image_mode: str = "0644"
     # The mount's read-ahead; large buffered reads otherwise come in pieces of 128 KiB.
     read_ahead: ByteSize = ByteSize(1 << 20)
 
@@ -112,7 +115,7 @@ class Config(BaseModel):
                 raise ValueError(f"{url!r} is not an http:// or https:// URL")
         return value
 
-    @field_validator("control_mode")
+    @field_validator("control_mode", "image_mode")
     @classmethod
     def _mode_is_octal(cls, value: str) -> str:
         try:

@@ -10,17 +10,18 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import itertools
 import logging
 import os
-import stat
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
 
-from lazyimg.core.identity import is_base_name, is_image_id
-from lazyimg.daemon.upper import INODE_BIT, ROOT_INODE, Upper
+from lazyimg.daemon.attributes import statistics_data, upper_attributes
+from lazyimg.daemon.lazyfiles import LazyFiles
+from lazyimg.daemon.upper import INODE_BIT, ROOT_INODE, Caller, Change, Upper
 from lazyimg.errors import (
     ChunkAbsent,
     ChunkDamaged,
@@ -33,8 +34,6 @@ from lazyimg.errors import (
     ReadTimeout,
     WholeBody,
 )
-from lazyimg.image.catalog import Catalog
-from lazyimg.image.lazyimage import LazyImage
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -53,11 +52,8 @@ ERRNO: dict[type[LazyImgError], int] = {
     ChunkDamaged: errno.EIO,
     LookupUndecided: errno.EAGAIN,
 }
-# The kernel may keep a name and its attributes this long: a real file may take the name, and blocks grow.
-ENTRY_TIMEOUT_S = 1
-ATTR_TIMEOUT_S = 1
-LAZY_MODE = stat.S_IFREG | 0o644
-LINK_MODE = stat.S_IFLNK | 0o777
+# Names of a listing looked up in one go; the kernel's buffer of 4 KiB holds about this many.
+LISTED_TOGETHER = 24
 
 
 def _never_raises(
@@ -86,7 +82,7 @@ def _never_raises(
 
 
 class Filesystem(pyfuse3.Operations):
-    """The mount: lazy images from the catalog, all else from the upper folder."""
+    """The mount: lazy images, and all else from the upper folder, whose names go before theirs (I10)."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
@@ -94,18 +90,17 @@ class Filesystem(pyfuse3.Operations):
 
     def __init__(
         self,
-        catalog: Catalog,
+        lazy: LazyFiles,
         upper: Upper,
         upper_limiter: trio.CapacityLimiter,
         take_over: Callable[[], None],
     ) -> None:
         super().__init__()
-        self._catalog = catalog
+        self._lazy = lazy
+        self._images = lazy.images
         self._upper = upper
         self._upper_limiter = upper_limiter
         self._take_over = take_over
-        # Images by inode number; filled when they are looked up or opened, so that a read finds its own at once.
-        self._images: dict[int, LazyImage] = {}
 
     def init(self) -> None:
         self._take_over()
@@ -125,11 +120,11 @@ class Filesystem(pyfuse3.Operations):
     @_never_raises
     async def _read_slow(self, inode: int, start: int, size_bytes: int) -> bytes:
         if inode & INODE_BIT:
-            return await self._in_upper(self._upper.read, inode, start, size_bytes)
-        image = await self._image(inode)
+            return await self._in_upper(self._upper.files.read, inode, start, size_bytes)
+        image = await self._lazy.image(inode)
         return await image.read(start, size_bytes)
 
-    # ── names ──
+    # ── looking ──
 
     @_never_raises
     async def lookup(
@@ -137,40 +132,29 @@ class Filesystem(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         found = await self._in_upper(self._upper.lookup, parent_inode, name)
         if found is not None:
-            return _upper_attributes(found)
-        text = os.fsdecode(name)
-        if parent_inode != ROOT_INODE or not (is_base_name(text) or is_image_id(text)):
+            return upper_attributes(found)
+        attributes = await self._lazy.lookup(name) if parent_inode == ROOT_INODE else None
+        if attributes is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
-        image = await self._catalog.lookup(text)
-        if image is None:
-            raise pyfuse3.FUSEError(errno.ENOENT)
-        if is_image_id(text):
-            return self._link_attributes(image)
-        self._images[image.inode] = image
-        return self._lazy_attributes(image)
+        return attributes
 
+    @_never_raises
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        for inode, count in inode_list:
-            if inode & INODE_BIT:
-                self._upper.forget(inode, count)
+        forgotten = [(inode, count) for inode, count in inode_list if inode & INODE_BIT]
+        if forgotten:
+            await self._in_upper(self._upper.forget, forgotten)
 
     @_never_raises
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext | None = None) -> pyfuse3.EntryAttributes:
-        if inode & INODE_BIT or inode == ROOT_INODE:
-            return _upper_attributes(await self._in_upper(self._upper.attributes, inode), inode)
-        link = self._catalog.link_target(inode)
-        if link is not None:
-            return _link_attributes(inode, len(link))
-        return self._lazy_attributes(await self._image(inode))
+        if _is_upper(inode):
+            return upper_attributes(await self._in_upper(self._upper.attributes, inode))
+        return await self._lazy.attributes(inode)
 
     @_never_raises
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
         if inode & INODE_BIT:
             return await self._in_upper(self._upper.target, inode)
-        target = self._catalog.link_target(inode)
-        if target is None:
-            raise pyfuse3.FUSEError(errno.ESTALE)
-        return target.encode()
+        return self._lazy.target(inode)
 
     @_never_raises
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
@@ -179,54 +163,127 @@ class Filesystem(pyfuse3.Operations):
     @_never_raises
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         names = await self._in_upper(self._upper.names, fh)
-        lazy = self._catalog.names_in_use() if fh == ROOT_INODE else {}
+        lazy = self._lazy.listed() if fh == ROOT_INODE else {}
         # In the order of a hash of the name, which is also the cookie: a listing goes on where it stopped,
         # whatever changed meanwhile and whichever daemon began it.
-        everything = {*names, *map(os.fsencode, lazy)}
-        for cookie, name in sorted((_cookie(name), name) for name in everything):
-            if cookie <= start_id:
-                continue
-            attributes = await self._listed(fh, name, lazy)
-            if attributes is not None and not pyfuse3.readdir_reply(token, name, attributes, cookie):
-                if attributes.st_ino & INODE_BIT:
-                    self._upper.forget(attributes.st_ino, 1)
+        listing = sorted((_cookie(name), name) for name in {*names, *lazy})
+        left = (one for one in listing if one[0] > start_id)
+        while block := list(itertools.islice(left, LISTED_TOGETHER)):
+            if not await self._list_block(fh, block, lazy, token):
                 break
 
-    async def _listed(self, folder: int, name: bytes, lazy: dict[str, str]) -> pyfuse3.EntryAttributes | None:
-        """Return the attributes of a name in a listing, looked up once more; None if it is gone."""
-        found = await self._in_upper(self._upper.lookup, folder, name)
-        if found is not None:
-            return _upper_attributes(found)
-        key = lazy.get(os.fsdecode(name))
-        if key is None:
-            return None
-        image = await self._catalog.image_of(key)
-        self._images[image.inode] = image
-        return self._lazy_attributes(image)
+    async def _list_block(
+        self, folder: int, block: list[tuple[int, bytes]], lazy: dict[bytes, str], token: pyfuse3.ReaddirToken
+    ) -> bool:
+        """Add names with their attributes to a listing; False when it is full.  What is gone meanwhile is left out."""
+        found = await self._in_upper(self._upper.lookup_all, folder, [name for _, name in block])
+        is_full = False
+        # The kernel counts a lookup of each name it is given; the others are taken back.
+        not_given = []
+        for (cookie, name), real in zip(block, found, strict=True):
+            if not is_full and real is not None:
+                is_full = not pyfuse3.readdir_reply(token, name, upper_attributes(real), cookie)
+            elif not is_full and name in lazy:
+                attributes = await self._lazy.attributes_of_key(lazy[name])
+                is_full = not pyfuse3.readdir_reply(token, name, attributes, cookie)
+            if is_full and real is not None:
+                not_given.append((real.inode, 1))
+        if not_given:
+            await self._in_upper(self._upper.forget, not_given)
+        return not is_full
 
-    # ── files ──
+    @_never_raises
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        return statistics_data(await self._in_upper(self._upper.statistics))
+
+    # ── open files ──
 
     @_never_raises
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            # As for a file that chattr(1) made immutable; the upper folder cannot be written through the mount yet.
-            raise pyfuse3.FUSEError(errno.EROFS if inode & INODE_BIT else errno.EPERM)
         if inode & INODE_BIT:
-            await self._in_upper(self._upper.open, inode, flags)
+            await self._in_upper(self._upper.files.open, inode, flags)
             return pyfuse3.FileInfo(fh=inode, keep_cache=False)
-        image = await self._image(inode)
-        image.opened()
-        await self._catalog.used(image)
+        await self._lazy.open(inode, flags)
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
+
+    @_never_raises
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        # Only files of the upper folder can be opened for writing.
+        return await self._in_upper(self._upper.files.write, fh, off, buf)
+
+    @_never_raises
+    async def flush(self, fh: int) -> None:
+        if fh & INODE_BIT and self._upper.files.is_written(fh):
+            await self._in_upper(self._upper.files.flush, fh)
+
+    @_never_raises
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        if fh & INODE_BIT:
+            await self._in_upper(functools.partial(self._upper.files.sync, fh, data_only=datasync))
+
+    @_never_raises
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self._in_upper(functools.partial(self._upper.sync_folder, fh, data_only=datasync))
 
     @_never_raises
     async def release(self, fh: int) -> None:
         if fh & INODE_BIT:
-            await self._in_upper(self._upper.release, fh)
-            return
-        image = await self._image(fh)
-        image.closed()
-        await self._catalog.used(image)
+            await self._in_upper(self._upper.files.release, fh)
+        else:
+            await self._lazy.release(fh)
+
+    # ── making names ──
+
+    @_never_raises
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        is_exclusive = bool(flags & os.O_EXCL)
+        if is_exclusive:
+            self._refuse_shown(parent_inode, name)
+        make = functools.partial(self._upper.create, is_exclusive=is_exclusive)
+        found = await self._in_upper(make, parent_inode, name, mode, _caller(ctx))
+        return pyfuse3.FileInfo(fh=found.inode, keep_cache=False), upper_attributes(found)
+
+    @_never_raises
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        self._refuse_shown(parent_inode, name)
+        return upper_attributes(
+            await self._in_upper(self._upper.make_node, parent_inode, name, mode, _caller(ctx))
+        )
+
+    @_never_raises
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        self._refuse_shown(parent_inode, name)
+        return upper_attributes(
+            await self._in_upper(self._upper.make_folder, parent_inode, name, mode, _caller(ctx))
+        )
+
+    @_never_raises
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        self._refuse_shown(parent_inode, name)
+        return upper_attributes(
+            await self._in_upper(self._upper.make_symlink, parent_inode, name, target, _caller(ctx))
+        )
+
+    @_never_raises
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        if not inode & INODE_BIT:
+            raise pyfuse3.FUSEError(errno.EPERM)
+        self._refuse_shown(new_parent_inode, new_name)
+        return upper_attributes(
+            await self._in_upper(self._upper.make_link, inode, new_parent_inode, new_name)
+        )
+
+    # ── changing ──
 
     @_never_raises
     async def setattr(
@@ -237,90 +294,78 @@ class Filesystem(pyfuse3.Operations):
         fh: int | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        if inode & INODE_BIT or inode == ROOT_INODE:
-            raise pyfuse3.FUSEError(errno.EROFS)
-        if fields.update_size or fields.update_mode or fields.update_uid or fields.update_gid:
-            raise pyfuse3.FUSEError(errno.EPERM)
-        image = await self._image(inode)
-        if fields.update_mtime:
-            await self._catalog.set_mtime(image, attr.st_mtime_ns)
-        return self._lazy_attributes(image)
+        change = Change(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size_bytes=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        if _is_upper(inode):
+            return upper_attributes(await self._in_upper(self._upper.change, inode, change))
+        return await self._lazy.change(inode, change)
 
     @_never_raises
-    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        found = await self._in_upper(self._upper.statistics)
-        data = pyfuse3.StatvfsData()
-        for name in (
-            "f_bsize",
-            "f_frsize",
-            "f_blocks",
-            "f_bfree",
-            "f_bavail",
-            "f_files",
-            "f_ffree",
-            "f_favail",
-        ):
-            setattr(data, name, getattr(found, name))
-        data.f_namemax = found.f_namemax
-        return data
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        try:
+            await self._in_upper(self._upper.remove, parent_inode, name)
+        except FileNotFoundError:
+            if parent_inode != ROOT_INODE:
+                raise
+            await self._lazy.hide(name)
+
+    @_never_raises
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._in_upper(self._upper.remove_folder, parent_inode, name)
+
+    @_never_raises
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        is_onto_lazy = self._is_shown(parent_inode_new, name_new)
+        if flags & pyfuse3.RENAME_NOREPLACE and is_onto_lazy:
+            raise pyfuse3.FUSEError(errno.EEXIST)
+        try:
+            await self._in_upper(
+                self._upper.rename, parent_inode_old, name_old, parent_inode_new, name_new, flags
+            )
+        except FileNotFoundError:
+            # An image keeps its name; EXDEV would let mv(1) copy it whole and unlink it.
+            if self._is_shown(parent_inode_old, name_old) or is_onto_lazy:
+                raise pyfuse3.FUSEError(errno.EPERM) from None
+            raise
+        if is_onto_lazy:
+            await self._lazy.replaced(name_new)
 
     # ── what handlers share ──
 
-    async def _image(self, inode: int) -> LazyImage:
-        """Return the image of an inode, also of one that an earlier daemon told the kernel.  ESTALE: look again."""
-        image = self._images.get(inode)
-        if image is None or image.is_dropped:
-            self._images.pop(inode, None)
-            key = self._catalog.key_of_inode(inode)
-            if key is None:
-                raise pyfuse3.FUSEError(errno.ESTALE)
-            try:
-                image = self._images[inode] = await self._catalog.image_of(key)
-            except KeyError:
-                # Evicted since the kernel looked it up; it will look again, and find it again.
-                raise pyfuse3.FUSEError(errno.ESTALE) from None
-        return image
+    def _is_shown(self, parent: int, name: bytes) -> bool:
+        return parent == ROOT_INODE and self._lazy.is_shown(name)
 
-    def _lazy_attributes(self, image: LazyImage) -> pyfuse3.EntryAttributes:
-        entry = self._catalog.entry_of(image)
-        attributes = _attributes(image.inode, LAZY_MODE, image.size_bytes)
-        attributes.st_blocks = -(-image.present_bytes // 512)
-        mtime_ns = 0 if entry is None else entry.mtime_ns or int(entry.last_used_s * 1e9)
-        attributes.st_mtime_ns = attributes.st_ctime_ns = attributes.st_atime_ns = mtime_ns
-        return attributes
-
-    def _link_attributes(self, image: LazyImage) -> pyfuse3.EntryAttributes:
-        return _link_attributes(self._catalog.link_inode(image), len(image.record.base_name))
+    def _refuse_shown(self, parent: int, name: bytes) -> None:
+        """Refuse to make what came to be shown since the kernel looked for it."""
+        if self._is_shown(parent, name):
+            raise pyfuse3.FUSEError(errno.EEXIST)
 
     async def _in_upper(self, function: Callable[..., T], *args: object) -> T:
         return await trio.to_thread.run_sync(function, *args, limiter=self._upper_limiter)
 
 
+def _is_upper(inode: int) -> bool:
+    return inode & INODE_BIT != 0 or inode == ROOT_INODE
+
+
+def _caller(ctx: pyfuse3.RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid)
+
+
 def _cookie(name: bytes) -> int:
     """Return a name's place in a listing: from 1 up to 2**62, since the kernel's offsets are signed."""
     return (int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()) >> 2) + 1
-
-
-def _attributes(inode: int, mode: int, size_bytes: int) -> pyfuse3.EntryAttributes:
-    attributes = pyfuse3.EntryAttributes()
-    attributes.st_ino = inode
-    attributes.st_mode = mode
-    attributes.st_nlink = 1
-    attributes.st_size = size_bytes
-    attributes.st_blksize = 1 << 16
-    attributes.entry_timeout = ENTRY_TIMEOUT_S
-    attributes.attr_timeout = ATTR_TIMEOUT_S
-    return attributes
-
-
-def _link_attributes(inode: int, size_bytes: int) -> pyfuse3.EntryAttributes:
-    return _attributes(inode, LINK_MODE, size_bytes)
-
-
-def _upper_attributes(found: os.stat_result, inode: int | None = None) -> pyfuse3.EntryAttributes:
-    attributes = _attributes(inode or found.st_ino | INODE_BIT, found.st_mode, found.st_size)
-    for name in ("st_nlink", "st_uid", "st_gid", "st_rdev", "st_blksize", "st_blocks"):
-        setattr(attributes, name, getattr(found, name))
-    for name in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns"):
-        setattr(attributes, name, getattr(found, name))
-    return attributes

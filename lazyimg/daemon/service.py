@@ -25,6 +25,7 @@ from lazyimg.daemon.answers import Answers
 from lazyimg.daemon.filesystem import Filesystem
 from lazyimg.daemon.handshake import Resumption
 from lazyimg.daemon.holder import LISTEN_FDS_START, Handover
+from lazyimg.daemon.lazyfiles import LazyFiles, parse_owner
 from lazyimg.daemon.loop import quicken
 from lazyimg.daemon.notify import notify
 from lazyimg.daemon.upper import Upper
@@ -120,7 +121,10 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
             await nursery.start(space.keep_room, catalog.busy_keys, catalog.try_evict)
             nursery.start_soon(_again_after_faults, _commit_now_and_then, catalog)
             nursery.start_soon(_unmount_on_signals, handover.mountpoint)
-            filesystem = Filesystem(catalog, Upper(upper_fd), limits.upper, resumption.take_over)
+            upper = Upper(upper_fd)
+            owner = None if config.image_owner is None else parse_owner(config.image_owner)
+            lazy = LazyFiles(catalog, int(config.image_mode, 8), lambda: owner or upper.owner)
+            filesystem = Filesystem(lazy, upper, limits.upper, resumption.take_over)
             pyfuse3.init(filesystem, resumption.mountpoint, set(pyfuse3.default_options))
             nursery.start_soon(_serve_fuse, config, resumption, nursery.cancel_scope)
             answers = Answers(catalog, space, nursery, mountpoint=handover.mountpoint, view=config.view)

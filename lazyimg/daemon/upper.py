@@ -1,160 +1,205 @@
 """The real folder beneath the mount: every name that is not a lazy image belongs to it.
 
-It is reached only through descriptors opened before mounting over it (I11), and through O_PATH descriptors of what
-was looked up since, so that a rename does not lose a file.  All methods block: call them in threads.  Inode
-numbers are the real ones with the highest bit set, so that the next daemon can find them again.
+It is reached only through descriptors opened before mounting over it, and through those of what was looked up
+since (I11).  Permissions are not judged here: the kernel has done so for the caller (default_permissions).  All
+methods block, call them in threads, and raise OSError.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import threading
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-ROOT_INODE = 1
-# Lazy images have inode numbers below this bit.
-INODE_BIT = 1 << 63
-# What one walk in search of an inode may look at; Nova's folder has some hundred names.
-WALK_ENTRIES_MAX = 100_000
-# Taken out of what a caller asks: the daemon reads through its own page cache, and never follows a link.
-_FLAGS_DROPPED = os.O_DIRECT | os.O_APPEND
+from lazyimg.daemon import linux
+from lazyimg.daemon.upperfiles import UpperFiles
+from lazyimg.daemon.uppernodes import INODE_BIT, PATH_FLAGS, ROOT_INODE, Found, UpperNodes, names_in
+
+__all__ = ["INODE_BIT", "ROOT_INODE", "Caller", "Change", "Found", "Upper"]
+
+# What can be made under a name without being opened; devices do not work on this mount (nodev).
+_NODE_TYPES = frozenset({stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK})
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whom a new file belongs to."""
+
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Attributes to set; None leaves one as it is."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size_bytes: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
 
 
 class Upper:
-    """The upper folder, through `root_fd`, which stays the caller's."""
+    """The upper folder, through `root_fd`, which stays the caller's.  Opened files are in `files`."""
 
     def __init__(self, root_fd: int) -> None:
         self._root_fd = root_fd
-        # O_PATH descriptors and the kernel's lookup counts, by inode number.
-        self._paths: dict[int, int] = {}
-        self._lookups: dict[int, int] = {}
-        # Readable descriptors and their handles, by inode number: a handle is the inode number.
-        self._files: dict[int, int] = {}
-        self._handles: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._nodes = UpperNodes(root_fd)
+        self.files = UpperFiles(self._nodes)
+        self._owner = os.fstat(root_fd)
 
-    def lookup(self, parent: int, name: bytes) -> os.stat_result | None:
-        """Return the attributes of a name, counted as looked up once more; None if there is none.
+    # ── looking ──
 
-        Raises OSError.
-        """
-        try:
-            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._path(parent))
-        except FileNotFoundError:
-            return None
-        found = os.fstat(fd)
-        self._keep(fd, found)
+    @property
+    def owner(self) -> tuple[int, int]:
+        """User and group of the folder when its attributes were last asked for.  Does not block."""
+        return self._owner.st_uid, self._owner.st_gid
+
+    def lookup(self, parent: int, name: bytes) -> Found | None:
+        """Return the file of a name, counted as looked up once more; None if there is none."""
+        with self._nodes.descriptor(parent) as folder:
+            try:
+                fd = os.open(name, PATH_FLAGS, dir_fd=folder)
+            except FileNotFoundError:
+                return None
+        return self._nodes.looked_up(fd)
+
+    def lookup_all(self, parent: int, names: Iterable[bytes]) -> list[Found | None]:
+        """Look up several names of one folder."""
+        return [self.lookup(parent, name) for name in names]
+
+    def forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
+        """The kernel gives back lookups: pairs of inode number and count."""
+        for inode, count in forgotten:
+            self._nodes.forget(inode, count)
+
+    def attributes(self, inode: int) -> Found:
+        """Return an inode's attributes."""
+        with self._nodes.descriptor(inode) as fd:
+            found = Found(inode, os.fstat(fd))
+        if inode == ROOT_INODE:
+            self._owner = found.attributes
         return found
 
-    def forget(self, inode: int, count: int) -> None:
-        """The kernel gives back `count` lookups of an inode."""
-        with self._lock:
-            left = self._lookups.get(inode, 0) - count
-            if left > 0:
-                self._lookups[inode] = left
-                return
-            self._lookups.pop(inode, None)
-            fd = self._paths.pop(inode, None)
-        if fd is not None:
-            os.close(fd)
-
-    def attributes(self, inode: int) -> os.stat_result:
-        """Return an inode's attributes.  Raises OSError."""
-        return os.fstat(self._path(inode))
-
     def names(self, inode: int) -> list[bytes]:
-        """Return the names in a folder.  Raises OSError."""
-        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._path(inode))
+        """Return the names in a folder."""
+        with self._nodes.descriptor(inode) as fd:
+            return names_in(fd)
+
+    def target(self, inode: int) -> bytes:
+        """Return what a symbolic link points to."""
+        with self._nodes.descriptor(inode) as fd:
+            return os.readlink(b"", dir_fd=fd)
+
+    def statistics(self) -> os.statvfs_result:
+        """Return the folder's file system's sizes."""
+        return os.fstatvfs(self._root_fd)
+
+    # ── making ──
+
+    def create(self, parent: int, name: bytes, mode: int, caller: Caller, *, is_exclusive: bool) -> Found:
+        """Make a file and open it for reading and writing, as one handle.
+
+        One that somebody else made a moment ago is not opened here, since the kernel has not judged it: ESTALE
+        sends the kernel back to look the name up.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with self._nodes.descriptor(parent) as folder:
+            try:
+                with linux.creating_as(caller.uid, caller.gid):
+                    fd = os.open(name, flags, mode, dir_fd=folder)
+            except FileExistsError:
+                if is_exclusive:
+                    raise
+                raise OSError(errno.ESTALE, "made by somebody else") from None
         try:
-            return [os.fsencode(name) for name in os.listdir(fd)]
+            found = self._nodes.looked_up(os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC))
+        except OSError:
+            os.close(fd)
+            raise
+        self.files.created(found.inode, fd)
+        return found
+
+    def make_node(self, parent: int, name: bytes, mode: int, caller: Caller) -> Found:
+        """Make a file, a named pipe or a socket without opening it."""
+        if stat.S_IFMT(mode) not in _NODE_TYPES:
+            raise PermissionError(errno.EPERM, "no device files")
+        with self._nodes.descriptor(parent) as folder, linux.creating_as(caller.uid, caller.gid):
+            os.mknod(name, mode, dir_fd=folder)
+        return self._made(parent, name)
+
+    def make_folder(self, parent: int, name: bytes, mode: int, caller: Caller) -> Found:
+        """Make a folder."""
+        with self._nodes.descriptor(parent) as folder, linux.creating_as(caller.uid, caller.gid):
+            os.mkdir(name, stat.S_IMODE(mode), dir_fd=folder)
+        return self._made(parent, name)
+
+    def make_symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Found:
+        """Make a symbolic link to `target`."""
+        with self._nodes.descriptor(parent) as folder, linux.creating_as(caller.uid, caller.gid):
+            os.symlink(target, name, dir_fd=folder)
+        return self._made(parent, name)
+
+    def make_link(self, inode: int, parent: int, name: bytes) -> Found:
+        """Give a file one more name."""
+        with self._nodes.descriptor(inode) as fd, self._nodes.descriptor(parent) as folder:
+            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=folder, follow_symlinks=True)
+        return self._made(parent, name)
+
+    # ── changing ──
+
+    def remove(self, parent: int, name: bytes) -> None:
+        """Remove a name that is not a folder's."""
+        with self._nodes.descriptor(parent) as folder:
+            os.unlink(name, dir_fd=folder)
+
+    def remove_folder(self, parent: int, name: bytes) -> None:
+        """Remove an empty folder."""
+        with self._nodes.descriptor(parent) as folder:
+            os.rmdir(name, dir_fd=folder)
+
+    def rename(self, old_parent: int, old: bytes, new_parent: int, new: bytes, flags: int) -> None:
+        """Rename, with renameat2(2)'s RENAME_NOREPLACE or RENAME_EXCHANGE; EINVAL for any other flag."""
+        if flags & ~(linux.RENAME_NOREPLACE | linux.RENAME_EXCHANGE):
+            raise OSError(errno.EINVAL, "this rename is not known")
+        with (
+            self._nodes.descriptor(old_parent) as old_folder,
+            self._nodes.descriptor(new_parent) as new_folder,
+        ):
+            linux.rename(old_folder, old, new_folder, new, flags)
+
+    def change(self, inode: int, change: Change) -> Found:
+        """Set attributes and return what they all are then."""
+        if change.size_bytes is not None:
+            self.files.truncate(inode, change.size_bytes)
+        with self._nodes.descriptor(inode) as fd:
+            path = f"/proc/self/fd/{fd}"
+            if change.uid is not None or change.gid is not None:
+                os.chown(
+                    path, -1 if change.uid is None else change.uid, -1 if change.gid is None else change.gid
+                )
+            # After the owner, whose change takes set-user-ID and set-group-ID away.
+            if change.mode is not None:
+                os.chmod(path, stat.S_IMODE(change.mode))
+            if change.atime_ns is not None or change.mtime_ns is not None:
+                linux.set_times(path, change.atime_ns, change.mtime_ns)
+        return self.attributes(inode)
+
+    def sync_folder(self, inode: int, *, data_only: bool) -> None:
+        """Make a folder's names durable."""
+        with self._nodes.descriptor(inode) as path_fd:
+            fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=path_fd)
+        try:
+            (os.fdatasync if data_only else os.fsync)(fd)
         finally:
             os.close(fd)
 
-    def target(self, inode: int) -> bytes:
-        """Return what a symbolic link points to.  Raises OSError."""
-        return os.readlink(b"", dir_fd=self._path(inode))
-
-    def open(self, inode: int, flags: int) -> None:
-        """Open a file for reading.  Raises OSError."""
-        with self._lock:
-            if inode in self._files:
-                self._handles[inode] += 1
-                return
-        # An O_PATH descriptor cannot be read; through /proc the very same file is opened (proc(5), "/proc/pid/fd").
-        fd = os.open(f"/proc/self/fd/{self._path(inode)}", (flags & ~_FLAGS_DROPPED) | os.O_CLOEXEC)
-        with self._lock:
-            if inode in self._files:
-                os.close(fd)
-            else:
-                self._files[inode] = fd
-            self._handles[inode] = self._handles.get(inode, 0) + 1
-
-    def read(self, inode: int, start: int, size_bytes: int) -> bytes:
-        """Read from an open file; one opened under an earlier daemon is opened again.  Raises OSError."""
-        with self._lock:
-            fd = self._files.get(inode)
-        if fd is None:
-            self.open(inode, os.O_RDONLY)
-            fd = self._files[inode]
-        return os.pread(fd, size_bytes, start)
-
-    def release(self, inode: int) -> None:
-        """Close one handle of a file."""
-        with self._lock:
-            left = self._handles.get(inode, 0) - 1
-            if left > 0:
-                self._handles[inode] = left
-                return
-            self._handles.pop(inode, None)
-            fd = self._files.pop(inode, None)
-        if fd is not None:
-            os.close(fd)
-
-    def statistics(self) -> os.statvfs_result:
-        """Return the folder's file system's sizes.  Raises OSError."""
-        return os.fstatvfs(self._root_fd)
-
-    def _keep(self, fd: int, found: os.stat_result) -> None:
-        inode = found.st_ino | INODE_BIT
-        with self._lock:
-            self._lookups[inode] = self._lookups.get(inode, 0) + 1
-            if inode in self._paths:
-                os.close(fd)
-            else:
-                self._paths[inode] = fd
-
-    def _path(self, inode: int) -> int:
-        """Return the descriptor of an inode the kernel knows, finding it again after a change of daemon."""
-        if inode == ROOT_INODE:
-            return self._root_fd
-        with self._lock:
-            fd = self._paths.get(inode)
-        if fd is not None:
-            return fd
-        for found_fd, found in self._walk():
-            if found.st_ino | INODE_BIT == inode:
-                self._keep(found_fd, found)
-                return self._paths[inode]
-            os.close(found_fd)
-        raise OSError(errno.ESTALE, "the file is gone")
-
-    def _walk(self) -> Iterator[tuple[int, os.stat_result]]:
-        """Yield an O_PATH descriptor, which the caller closes, of each thing below the root."""
-        looked_at = 0
-        folders = [b"."]
-        while folders:
-            folder = folders.pop()
-            folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._root_fd)
-            try:
-                for entry in os.scandir(folder_fd):
-                    looked_at += 1
-                    if looked_at > WALK_ENTRIES_MAX:
-                        return
-                    name = os.fsencode(entry.name)
-                    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder_fd)
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(os.path.join(folder, name))
-                    yield fd, os.fstat(fd)
-            finally:
-                os.close(folder_fd)
+    def _made(self, parent: int, name: bytes) -> Found:
+        found = self.lookup(parent, name)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, "removed as soon as it was made")
+        return found

@@ -236,6 +236,10 @@ class Catalog:
         """Return the base names that a listing shows, those used here, with their keys."""
         return {entry.record.base_name: entry.key for entry in self._entries() if entry.in_use}
 
+    def is_published(self, name: str) -> bool:
+        """True if this base name or image id can be answered without asking Glance."""
+        return (base_name(name) if is_image_id(name) else name) in self._keys
+
     def link_inode(self, image: LazyImage) -> int:
         """Return the inode number of the image's <uuid> link."""
         return image.record.inode(LINK)
@@ -264,6 +268,35 @@ class Catalog:
         entry = self.entry_of(image)
         if entry is not None:
             await self._mark(entry, mtime_ns=mtime_ns, in_use=True)
+
+    async def released(self, image: LazyImage) -> None:
+        """A handle was released; with the last one of an image hidden since it was opened, its chunks go."""
+        entry = self.entry_of(image)
+        if entry is None:
+            return
+        if entry.in_use:
+            await self.used(image)
+        elif not image.open_handles:
+            self._nursery.start_soon(self._drop_hidden, entry.key)
+
+    async def hide(self, name: str) -> None:
+        """End the use of a base name's image here: it is not listed, and its next use is its first.
+
+        Its chunks go with the last handle, unless Glance lacks the image.  The next lookup finds it again.
+        """
+        entry = self._cache.index.get(self._keys.get(name, ""))
+        if entry is None:
+            return
+        await self._mark(entry, in_use=False, mtime_ns=0)
+        image = self._images.get(entry.key)
+        if image is None or not image.open_handles:
+            self._nursery.start_soon(self._drop_hidden, entry.key)
+
+    async def _drop_hidden(self, key: str) -> None:
+        entry = self._cache.index.get(key)
+        # It may have been opened again since.
+        if entry is not None and not entry.in_use:
+            await self.try_evict(key)
 
     def busy_keys(self) -> set[str]:
         """Return the images that must not be dropped now: open, being fetched, or all that is left of them."""

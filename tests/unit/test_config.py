@@ -33,6 +33,8 @@ KEYS: dict[str, tuple[str, str, Any, list[str], str]] = {
     "control_mode": ('"0660"', "0660", "0660", ['"0x"', '"888"', '"17777"', '"-1"', "432"], "octal|string"),
     "view": ('"stored"', "stored", "stored", ['"raw"', '""'], "stored"),
     "allow_other": ("false", "false", False, ['"perhaps"', "2"], "boolean"),
+    "image_owner": ('"nova:kvm"', "nova:kvm", "nova:kvm", ["5", '""', '"a:b:c"', '":x"'], "string|pattern"),
+    "image_mode": ('"0444"', "0444", "0444", ['"0x"', '"888"', "444"], "octal|string"),
     "read_ahead": ('"2 MiB"', "2MiB", 2 << 20, ['"x"', "-1"], "byte|than"),
     "read_timeout": ("60", "60", 60, ["0", '"5 min"'], "than|number"),
     "lookup_timeout": ("1", "1", 1, ["0"], "than"),
