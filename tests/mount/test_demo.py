@@ -90,7 +90,7 @@ def _offset_on_disk(guest: Guest, number: int) -> int:
 def test_guest_that_cannot_start_is_named_at_once(guest: Guest, overlay: Path) -> None:
     """A guest that panics ends the wait long before the deadline, with the panic in the message."""
     start = time.monotonic()
-    with pytest.raises(LazyImgError, match="it ended without its word; it said .*Kernel panic"):
+    with pytest.raises(LazyImgError, match=r"it ended without its word; it said .*Kernel panic"):
         boot_guest(guest.kernel, guest.ramdisk, overlay, "qcow2", append=f"{BOOT_APPEND} rdinit=/no root=/no")
     assert time.monotonic() - start < 60
     assert not _processes_with(overlay)
