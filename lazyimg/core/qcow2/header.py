@@ -1,7 +1,8 @@
 """The qcow2 header: what the source is, or why it must not be presented decoded.
 
-Pure.  Guards that qemu and we read one image alike: what qemu refuses to open is refused here, and so is what
-only another file, a key, a repair or a later format could read rightly.
+Pure.  Guards that qemu and we read one image alike: what only another file, a key, a repair or a later format
+could read rightly is refused, and so is what qemu refuses.  Snapshots, refcounts and header extensions are not
+looked at: what the guest sees now does not depend on them.
 
      byte  0  magic 'QFI\\xfb'             40  L1 table's offset         version 3 has more:
            4  version                     48  refcount table's offset     72  incompatible features

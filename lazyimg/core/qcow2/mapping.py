@@ -146,6 +146,23 @@ class Mapping:
                 _append(found, extent)
         return found
 
+    def next_compressed_start(self, cluster_start: int) -> int | None:
+        """Return where the compressed cluster of the guest's byte `cluster_start` begins in the source.
+
+        None if that cluster is not compressed.  Its table must not be missing.  The entry is not judged.
+        """
+        header = self._header
+        table_start = self._l1_entry(cluster_start) & _OFFSET_MASK
+        if not table_start:
+            return None
+        place = cluster_start % header.table_span_bytes // header.cluster_size_bytes
+        entry = self._tables[table_start][place * (header.l2_entry_bytes // 8)]
+        return entry & ((1 << self._sectors_shift) - 1) if entry & _COMPRESSED else None
+
+    def _l1_entry(self, start: int) -> int:
+        assert self._l1 is not None, "the L1 table comes first"
+        return self._l1[start // self._header.table_span_bytes]
+
     def _tables_of(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield each table's part of a guest range and the table's place in the source, 0 where there is none."""
         assert self._l1 is not None, "the L1 table comes first"
