@@ -1,7 +1,8 @@
 """Decoding one compressed cluster.
 
-Pure and bounded: no input makes more than a cluster and one byte, and zstd's window is at most 128 MiB of
-address space (libzstd's default limit, and qemu's), of which only what is decoded is touched.  zlib and zstd let other threads run meanwhile.
+Pure and bounded: no input makes more than a cluster and one byte, and zstd's window is at most 128 MiB of address
+space (libzstd's default limit, and qemu's), of which only what is decoded is touched.  zlib and zstd let other
+threads run meanwhile.
 """
 
 from __future__ import annotations
