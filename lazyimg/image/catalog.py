@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from dataclasses import replace
+from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -24,10 +25,10 @@ from lazyimg.errors import (
     ImageRefused,
     InUse,
     LazyImgError,
-    LookupUndecided,
 )
+from lazyimg.image.decisions import Decisions, Refusals
 from lazyimg.image.lazyimage import LazyImage
-from lazyimg.image.source import Glance
+from lazyimg.image.listing import GlanceListing, Listing
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.chunkfile import ChunkFile
 from lazyimg.store.entry import ImageEntry
@@ -35,9 +36,6 @@ from lazyimg.store.entry import ImageEntry
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-# Names without an image, and refusals, remembered at once.
-NEGATIVE_MAX = 10_000
-REFUSALS_MAX = 1000
 # Stands for a view in the inode numbers of links.
 LINK = "link"
 # State of an entry whose first bytes are still on their way; it has no name yet.
@@ -46,27 +44,12 @@ JUDGING = "judging"
 USED_INTERVAL_S = 60
 
 
-class GlanceCatalog(Glance, Protocol):
-    """What the catalog needs of Glance beyond what the fetcher needs."""
-
-    async def list_images(self) -> list[ImageRecord]: ...
-
-
-@dataclass(slots=True)
-class _Decision:
-    """What is being found out about one name."""
-
-    done: trio.Event = field(default_factory=trio.Event)
-    image: LazyImage | None = None
-    error: LazyImgError | None = None
-
-
 class Catalog:
     """All images that have a name here, and the way others get one."""
 
     def __init__(
         self,
-        glance: GlanceCatalog,
+        glance: GlanceListing,
         cache: CacheDir,
         make_image: Callable[[ImageRecord, ChunkFile], LazyImage],
         nursery: trio.Nursery,
@@ -79,20 +62,22 @@ class Catalog:
         is_resumed: bool = False,
     ) -> None:
         self._glance = glance
+        self._listing = Listing(glance)
         self._cache = cache
         self._make_image = make_image
         self._nursery = nursery
         self._limiter = limiter
         self._view = view
-        self._lookup_timeout_s = lookup_timeout_s
         self._image_list_ttl_s = image_list_ttl_s
-        self._negative_ttl_s = negative_ttl_s
         # Published: key by name, images by key; an image is opened when it is first needed.
         self._keys: dict[str, str] = {}
         self._keys_by_inode: dict[int, str] = {}
         self._link_targets: dict[int, str] = {}
         self._images: dict[str, LazyImage] = {}
-        self._opening: dict[str, trio.Lock] = {}
+        # By key, for as long as anybody holds one or waits for it.
+        self._opening: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
+        self._judging: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
+        self._marking = trio.Lock()
         for entry in sorted(cache.index.entries(), key=lambda entry: entry.last_used_s):
             # One whose judgement was cut short is judged anew when it is asked for.
             if entry.view == view and entry.state != JUDGING:
@@ -100,13 +85,10 @@ class Catalog:
         # A daemon that was replaced does not tell the next which handles were open.
         self._maybe_open = {e.key for e in self._entries() if e.in_use} if is_resumed else set()
         # Asked and not published.
-        self._decisions: dict[str, _Decision] = {}
-        self._deadline: float | None = None
-        self._absent_until: dict[str, float] = {}
-        self._refusals: dict[str, tuple[ImageRecord, ImageRefused]] = {}
-        self._listed: dict[str, ImageRecord] = {}
-        self._listed_at = float("-inf")
-        self._list_lock = trio.Lock()
+        self._decisions = Decisions(
+            nursery, self._decide, lookup_timeout_s=lookup_timeout_s, negative_ttl_s=negative_ttl_s
+        )
+        self._refusals = Refusals(view)
 
     # ── by name ──
 
@@ -120,24 +102,7 @@ class Catalog:
         key = self._keys.get(base_name(name) if is_image_id(name) else name)
         if key is not None:
             return await self.image_of(key)
-        if trio.current_time() < self._absent_until.get(name, 0):
-            return None
-        decision = self._decide(name)
-        # All who wait at once share one limit: a folder's lock is held while any of them does.
-        if self._deadline is None:
-            self._deadline = trio.current_time() + self._lookup_timeout_s
-        try:
-            with trio.move_on_at(self._deadline):
-                await decision.done.wait()
-        finally:
-            if not any(not one.done.is_set() for one in self._decisions.values()) or (
-                self._deadline is not None and trio.current_time() >= self._deadline
-            ):
-                self._deadline = None
-        if not decision.done.is_set() or decision.error is not None:
-            reason = decision.error or "Glance did not answer in time"
-            raise LookupUndecided(f"{name}: not decided yet ({reason}); look it up again")
-        return decision.image
+        return await self._decisions.wait(name)
 
     async def find(self, image: str) -> LazyImage:
         """Return the image with this id, or with this name if only one has it.
@@ -166,8 +131,7 @@ class Catalog:
     async def _find_by_name(self, name: str) -> LazyImage:
         known = {e.record.id: e.record for e in self._entries() if e.record.name == name}
         try:
-            await self._list(is_fresh_enough=lambda: False)
-            records = {r.id: r for r in self._listed.values() if name in (r.name, r.id)}
+            records = {r.id: r for r in await self._listing.named(name)}
         except GlanceUnavailable:
             if not known:
                 raise
@@ -230,7 +194,7 @@ class Catalog:
 
     def refusals(self) -> list[tuple[ImageRecord, str]]:
         """Return the images that are not shown, with the reason."""
-        return [(record, str(reason)) for record, reason in self._refusals.values()]
+        return self._refusals.all()
 
     def names_in_use(self) -> dict[str, str]:
         """Return the base names that a listing shows, those used here, with their keys."""
@@ -346,96 +310,56 @@ class Catalog:
         except LazyImgError as exc:
             logger.info("not dropped: %s", exc)
             return False
+        except OSError as exc:
+            logger.warning("image of key %s: not dropped: %s", key, exc)
+            return False
         return True
 
     # ── decisions ──
 
-    def _decide(self, name: str) -> _Decision:
-        decision = self._decisions.get(name)
-        if decision is None:
-            decision = self._decisions[name] = _Decision()
-            self._nursery.start_soon(self._run_decision, name, decision)
-        return decision
-
-    async def _run_decision(self, name: str, decision: _Decision) -> None:
-        try:
-            record = await (self._glance.image(name) if is_image_id(name) else self._record_of(name))
-            decision.image = await self._present(record)
-        except (ImageNotFound, ImageRefused) as exc:
-            if isinstance(exc, ImageRefused):
-                logger.info("not shown: %s", exc)
-            self._remember_absent(name)
-        except LazyImgError as exc:
-            decision.error = exc
-        except Exception as exc:
-            logger.exception("deciding on %s failed in an unforeseen way", name)
-            decision.error = LookupUndecided(f"internal error: {exc!r}")
-        finally:
-            del self._decisions[name]
-            decision.done.set()
-
-    async def _record_of(self, name: str) -> ImageRecord:
-        asked_at = trio.current_time()
-        listed = self._listed.get(name)
-        if listed is None:
-            # One list answers all who asked before it was begun.
-            await self._list(is_fresh_enough=lambda: self._listed_at >= asked_at)
-            listed = self._listed.get(name)
-        if listed is None:
-            raise ImageNotFound(f"{name}: no image of Glance's has this name")
-        return await self._glance.image(listed.id)
-
-    async def _list(self, is_fresh_enough: Callable[[], bool]) -> None:
-        async with self._list_lock:
-            if is_fresh_enough():
-                return
-            began_at = trio.current_time()
-            self._listed = {record.base_name: record for record in await self._glance.list_images()}
-            self._listed_at = began_at
+    async def _decide(self, name: str) -> LazyImage:
+        return await self._present(
+            await (self._glance.image(name) if is_image_id(name) else self._listing.record(name))
+        )
 
     async def _present(self, record: ImageRecord) -> LazyImage:
         """Return the image of this record, published; judge it first if it is not.  Raises ImageRefused."""
         key = record.key(self._view)
-        if self._keys.get(record.base_name) == key:
-            return await self.image_of(key)
-        refusal = self._refusals.get(record.id)
-        if refusal is not None and refusal[0].key(self._view) == key and refusal[0].status == record.status:
-            raise ImageRefused(str(refusal[1])) from refusal[1]
-        if record.status != "active" or record.size_bytes is None:
-            raise self._refused(
-                record, ImageRefused(f"image {record.id}: its status is {record.status}; it must be active")
-            )
-        now_s = time.time()
-        entry = ImageEntry(record, self._view, record.size_bytes, last_used_s=now_s, state=JUDGING)
+        # Several names may lead here at once, and by `find` none: one of them judges.
+        async with self._judging.setdefault(key, trio.Lock()):
+            if self._keys.get(record.base_name) == key:
+                entry = self._cache.index.get(key)
+                if entry is not None and entry.state == "gone":
+                    await self._mark(entry, state="active")
+                return await self.image_of(key)
+            self._refusals.check(record)
+            if record.status != "active" or record.size_bytes is None:
+                reason = f"image {record.id}: its status is {record.status}; it must be active"
+                raise self._refusals.note(record, ImageRefused(reason))
+            return await self._judged(record, record.size_bytes)
+
+    async def _judged(self, record: ImageRecord, size_bytes: int) -> LazyImage:
+        """Fetch the first bytes of an image, judge them, and publish it or leave nothing of it."""
+        entry = ImageEntry(record, self._view, size_bytes, last_used_s=time.time(), state=JUDGING)
         await self._in_thread(self._cache.index.put, entry)
-        image = await self.image_of(key)
+        image = await self.image_of(entry.key)
         try:
             head = await image.read(0, HEAD_SIZE_BYTES, for_lookup=True)
             self._judge(head, record)
+        except ImageForbidden:
+            # Says nothing of its content; these credentials may be given the right to read it.
+            raise
         except ImageRefused as exc:
-            self._close(key, image)
-            await self._in_thread(self._cache.remove_image, key)
-            raise self._refused(record, exc) from exc
+            self._close(entry.key, image)
+            await self._in_thread(self._cache.remove_image, entry.key)
+            raise self._refusals.note(record, exc) from exc
         await self._mark(entry, state="active")
-        self._refusals.pop(record.id, None)
+        self._refusals.forget(record)
         self._publish(entry)
         return image
 
     def _judge(self, head: bytes, record: ImageRecord) -> Verdict:
         return judge(head, record, self._view)
-
-    def _refused(self, record: ImageRecord, reason: ImageRefused) -> ImageRefused:
-        self._refusals[record.id] = (record, reason)
-        while len(self._refusals) > REFUSALS_MAX:
-            del self._refusals[next(iter(self._refusals))]
-        return reason
-
-    def _remember_absent(self, name: str) -> None:
-        now = trio.current_time()
-        if len(self._absent_until) >= NEGATIVE_MAX:
-            self._absent_until = {n: until for n, until in self._absent_until.items() if until > now}
-        if len(self._absent_until) < NEGATIVE_MAX:
-            self._absent_until[name] = now + self._negative_ttl_s
 
     # ── entries ──
 
@@ -460,9 +384,11 @@ class Catalog:
 
     async def _mark(self, entry: ImageEntry, **changes: object) -> None:
         """Change fields of an entry durably; a failing disk costs their durability, not the guest."""
-        current = self._cache.index.get(entry.key) or entry
         try:
-            await self._in_thread(self._cache.index.put, replace(current, **changes))  # type: ignore[arg-type]
+            # One at a time, or a change would be written over by another that began before it.
+            async with self._marking:
+                current = self._cache.index.get(entry.key) or entry
+                await self._in_thread(self._cache.index.put, replace(current, **changes))  # type: ignore[arg-type]
         except OSError as exc:
             logger.warning("image %s: its index entry was not stored: %s", entry.record.id, exc)
 
