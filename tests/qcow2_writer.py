@@ -48,7 +48,9 @@ class Geometry:
         """What a cluster of such an image can be."""
         if self.has_subclusters:
             return ["data", "subclusters", "compressed"]
-        return ["data", "compressed", *(["zero", "zero allocated"] if self.version == 3 else [])]
+        if self.version == 3:
+            return ["data", "compressed", "zero", "zero allocated"]
+        return ["data", "compressed"]
 
 
 @dataclass

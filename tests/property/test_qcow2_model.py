@@ -20,8 +20,8 @@ def geometries(draw: st.DrawFn) -> Geometry:
     version = draw(st.sampled_from((2, 3)))
     has_subclusters = version == 3 and draw(st.booleans())
     cluster_bits = draw(st.sampled_from((14, 16) if has_subclusters else (9, 10, 12, 16)))
-    compression = draw(st.sampled_from(("deflate", "zstd"))) if version == 3 else "deflate"
-    geometry = Geometry(version, cluster_bits, 0, has_subclusters, compression)
+    is_zstd = version == 3 and draw(st.booleans())
+    geometry = Geometry(version, cluster_bits, 0, has_subclusters, "zstd" if is_zstd else "deflate")
     span = geometry.entries * geometry.cluster_bytes
     geometry.virtual_size_bytes = draw(st.integers(1, 6 * span // 512)) * 512
     return geometry
