@@ -160,13 +160,16 @@ class FakeSpace:
 
     def __init__(self) -> None:
         self.has_room = True
+        # Taken and neither stored nor given up.
+        self.taken_bytes = 0
         self.failures: list[OSError] = []
 
     def may_store(self, size_bytes: int) -> bool:
+        self.taken_bytes += size_bytes if self.has_room else 0
         return self.has_room
 
     def stored(self, size_bytes: int) -> None:
-        pass
+        self.taken_bytes -= size_bytes
 
     def storing_failed(self, error: OSError) -> None:
         self.failures.append(error)

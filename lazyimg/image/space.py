@@ -42,6 +42,10 @@ class CacheSpace:
         # Of a small cache an eighth.
         self._margin_bytes = min(MARGIN_BYTES_MAX, size_max_bytes // 8 or MARGIN_BYTES_MAX)
         self._room_bytes = 0
+        # Bytes ever taken of the room, and of those ever written or given up.  What lies between the two is not on
+        # the disk yet and would be measured as free.
+        self._taken_bytes = 0
+        self._stored_bytes = 0
         self._check_wanted = trio.Event()
         self._is_full_told = False
 
@@ -55,7 +59,12 @@ class CacheSpace:
             self._check_wanted.set()
             return False
         self._room_bytes -= size_bytes
+        self._taken_bytes += size_bytes
         return True
+
+    def stored(self, size_bytes: int) -> None:
+        """What was taken is on the disk now, or given up."""
+        self._stored_bytes += size_bytes
 
     def storing_failed(self, error: OSError) -> None:
         """A write failed: store nothing until there is room again."""
@@ -91,6 +100,7 @@ class CacheSpace:
         kept: set[str] = set()
         try:
             while True:
+                stored_bytes = self._stored_bytes
                 victims, room_bytes = await trio.to_thread.run_sync(
                     self._measure, busy_keys(), kept, limiter=self._limiter
                 )
@@ -101,6 +111,8 @@ class CacheSpace:
         except OSError as exc:
             self.storing_failed(exc)
             return
+        # All that was taken and not known to be written when the disk was measured.
+        room_bytes -= self._taken_bytes - stored_bytes
         self._room_bytes = room_bytes
         if room_bytes <= 0 and not self._is_full_told:
             logger.warning("cache %s: full; serving without storing for now", self._cache.path)

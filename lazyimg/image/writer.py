@@ -32,6 +32,8 @@ class Space(Protocol):
 
     def may_store(self, size_bytes: int) -> bool: ...
 
+    def stored(self, size_bytes: int) -> None: ...
+
     def storing_failed(self, error: OSError) -> None: ...
 
 
@@ -80,6 +82,7 @@ class Writer:
             await self._budget.take(size_bytes)
         except BaseException:
             self._forget(chunks)
+            self._space.stored(size_bytes)
             when_done()
             raise
         self._queue.append((chunks, when_done))
@@ -136,7 +139,9 @@ class Writer:
 
     def _done(self, batch: list[tuple[list[tuple[int, bytes]], Callable[[], None]]]) -> None:
         for chunks, when_done in batch:
-            self._budget.give_back(sum(len(data) for _, data in chunks))
+            size_bytes = sum(len(data) for _, data in chunks)
+            self._budget.give_back(size_bytes)
+            self._space.stored(size_bytes)
             self._forget(chunks)
             when_done()
 

@@ -107,6 +107,7 @@ async def test_failed_write_leaves_chunks_absent_and_fails_nobody(nursery: trio.
     await rig.put("b", 1)
     await rig.writer.wait_idle()
     assert rig.sink.chunks == {1: DATA}
+    assert rig.space.taken_bytes == 0
 
 
 async def test_bug_in_a_write_ends_nothing(
@@ -164,6 +165,7 @@ async def test_cancelled_put_gives_its_chunk_up(nursery: trio.Nursery) -> None:
     assert scope.cancelled_caught
     assert rig.done == ["b"]
     assert rig.writer.unwritten(2) is None
+    assert rig.space.taken_bytes == len(DATA)
     rig.sink.may_write.set()
     await rig.writer.wait_idle()
     assert rig.sink.chunks == {1: DATA}
@@ -184,3 +186,4 @@ async def test_stopped_writer_writes_nothing_more(nursery: trio.Nursery) -> None
     assert sorted(rig.done) == ["a", "b", "c"]
     assert rig.sink.calls == [(1, 1)]
     assert rig.space.failures == []
+    assert rig.space.taken_bytes == 0
