@@ -32,6 +32,7 @@ from lazyimg.errors import (
     LazyImgError,
     LookupUndecided,
     ReadTimeout,
+    SourceDamaged,
     WholeBody,
 )
 
@@ -50,6 +51,7 @@ ERRNO: dict[type[LazyImgError], int] = {
     ImageRefused: errno.EIO,
     ChunkAbsent: errno.EIO,
     ChunkDamaged: errno.EIO,
+    SourceDamaged: errno.EIO,
     LookupUndecided: errno.EAGAIN,
 }
 # Names of a listing looked up in one go; the kernel's buffer of 4 KiB holds about this many.
@@ -112,7 +114,11 @@ class Filesystem(pyfuse3.Operations):
         # Not wrapped for its first half: 2 µs of the 40 that a present read takes.
         image = self._images.get(fh)
         if image is not None:
-            data = image.read_nowait(off, size)
+            try:
+                data = image.read_nowait(off, size)
+            except Exception:
+                logger.exception("read_nowait failed in an unforeseen way; reading in a thread")
+                data = None
             if data is not None:
                 return data
         return await self._read_slow(fh, off, size)

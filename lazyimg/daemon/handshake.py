@@ -16,6 +16,7 @@ Layouts are those of <linux/fuse.h>, protocol 7.31 and later:
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -114,25 +115,33 @@ class Resumption:
 
     def __init__(self, fuse_fd: int, init_request: bytes) -> None:
         self._fuse_fd = fuse_fd
-        self._feeder, self._session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._feeder.send(init_request)
+        feeder, session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        feeder.send(init_request)
+        # Plain numbers: libfuse closes the session's, and a socket object would close that number once more.
+        self._feeder_fd, self._session_fd = feeder.detach(), session.detach()
         os.set_blocking(fuse_fd, False)
 
     @property
     def mountpoint(self) -> str:
-        return f"/dev/fd/{self._session.fileno()}"
+        return f"/dev/fd/{self._session_fd}"
 
     @property
     def session_fd(self) -> int:
-        return self._session.fileno()
+        return self._session_fd
 
     def take_over(self) -> None:
-        os.dup2(self._fuse_fd, self._session.fileno(), inheritable=False)
-        self._feeder.close()
+        os.dup2(self._fuse_fd, self._session_fd, inheritable=False)
+        os.close(self._feeder_fd)
 
-    def resend(self) -> None:
+    def resend(self) -> bool:
         """Ask the kernel to send again what a dead daemon had taken.  False before Linux 6.9, which cannot."""
-        os.write(self._fuse_fd, _OUT_HEADER.pack(_OUT_HEADER.size, FUSE_NOTIFY_RESEND, 0))
+        try:
+            os.write(self._fuse_fd, _OUT_HEADER.pack(_OUT_HEADER.size, FUSE_NOTIFY_RESEND, 0))
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:
+                raise
+            return False
+        return True
 
 
 def _answer_and_exit(theirs: socket.socket) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import array
 import contextlib
 import os
-import stat
 import socket
+import stat
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -179,14 +179,13 @@ def holders_of(mountpoint: Path) -> Iterator[Holder]:
     prefix = os.path.abspath(mountpoint)
     mount = _mount_at(mountpoint)
     mount_id = "" if mount is None else mount.id
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            what = _what_is_held(Path(entry.path), prefix, mount_id)
+            what = _what_is_held(Path("/proc", name), prefix, mount_id)
             if what is not None:
-                command = Path(entry.path, "comm").read_text().strip()
-                yield Holder(int(entry.name), command, what)
+                yield Holder(int(name), Path("/proc", name, "comm").read_text().strip(), what)
 
 
 def _what_is_held(process: Path, prefix: str, mount_id: str) -> str | None:
@@ -194,13 +193,13 @@ def _what_is_held(process: Path, prefix: str, mount_id: str) -> str | None:
         with contextlib.suppress(OSError):
             if _is_under(os.readlink(process / link), prefix):
                 return name
-    for fd in os.scandir(process / "fd"):
+    for fd in os.listdir(process / "fd"):
         with contextlib.suppress(OSError):
-            target = os.readlink(fd.path)
+            target = os.readlink(process / "fd" / fd)
             # The upper folder, which daemon and holder keep open, has the same path but is another mount's.
             if (
                 _is_under(target, prefix)
-                and f"mnt_id:\t{mount_id}\n" in (process / "fdinfo" / fd.name).read_text()
+                and f"mnt_id:\t{mount_id}\n" in (process / "fdinfo" / fd).read_text()
             ):
                 return f"open {os.path.relpath(target, prefix)}"
     for line in (process / "maps").read_text().splitlines():
