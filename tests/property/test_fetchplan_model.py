@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
@@ -127,6 +128,7 @@ class PlanMachine(RuleBasedStateMachine):
         assert {piece for piece in PIECES if self.plan.is_pending(piece)} == pending
 
 
+@pytest.mark.slow
 class TestPlan(PlanMachine.TestCase):  # type: ignore[valid-type,misc]  # made at run time
     settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 

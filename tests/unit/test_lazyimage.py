@@ -278,6 +278,7 @@ async def test_last_handle_ends_what_is_fetched_ahead(cache: CacheDir, nursery: 
 # ── the whole of it ──
 
 
+@pytest.mark.slow
 async def test_prefetch_brings_everything_and_tells_how_far(rig: ImageRig) -> None:
     """Prefetch yields its progress in bytes, fetches only what is absent, and then the image is whole."""
     size_bytes = PREFETCH_BYTES + 3 * CHUNK + 5
