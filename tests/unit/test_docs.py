@@ -141,6 +141,14 @@ def test_every_configuration_key_is_read_by_the_code() -> None:
     assert set(Config.model_fields) - NOT_BUILT <= read
 
 
+def test_design_gives_the_reason_of_each_library() -> None:
+    """Every dependency of pyproject.toml has a row in DESIGN.md's table of libraries, and no other has."""
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    table = DESIGN.partition("| Library | Owner | Why |")[2].partition("\n\n")[0]
+    rows = {name for row in table.splitlines()[2:] for name in row.split("|")[1].strip().split(", ")}
+    assert rows == {re.split(r"[\[<>=~!; ]", line)[0] for line in dependencies}
+
+
 def _quoted_invariants() -> set[str]:
     """Return each invariant that the docstring of a test quotes, as `[I3]` or as "Invariant 3: …"."""
     quoted: set[str] = set()
