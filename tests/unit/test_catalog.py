@@ -23,6 +23,8 @@ from lazyimg.errors import (
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.store.cachedir import CacheDir
+from lazyimg.store.entry import ImageEntry
+from lazyimg.store.index import Index
 
 SIZE_BYTES = 3 * CHUNK + 7
 DOWN = GlanceUnavailable("down")
@@ -263,9 +265,17 @@ async def test_refused_image_has_no_name(
 
 
 async def test_refusal_by_several_ways_at_once(
-    rig: ImageRig, catalog: Catalog, nursery: trio.Nursery
+    rig: ImageRig, catalog: Catalog, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """[I8] Looked up by both names and found by id at once, an image is judged once and refused to all."""
+    judged: list[str] = []
+    put = Index.put
+
+    def noting_put(index: Index, entry: ImageEntry) -> None:
+        judged.append(entry.state)
+        put(index, entry)
+
+    monkeypatch.setattr(Index, "put", noting_put)
     record = rig.glance.add(1, SIZE_BYTES, disk_format="qcow2")
     rig.glance.image_gate = gate = trio.Event()
     by_hash = Task(nursery, lambda: catalog.lookup(record.base_name))
@@ -278,6 +288,7 @@ async def test_refusal_by_several_ways_at_once(
         assert task.result is None
     assert (by_hash.error, by_id.error) == (None, None)
     assert isinstance(by_people.error, ImageRefused)
+    assert judged == ["judging"]
     assert len(rig.glance.ranges) == 1
     assert list((rig.cache.path / "chunks").iterdir()) == []
 
