@@ -16,10 +16,17 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """A range `[start, stop)` of the source that is fetched as a whole."""
+    """A range `[start, stop)` of the source that is fetched as a whole.
+
+    It becomes the presented bytes `[presented_start, presented_stop)`, once decoded if it is compressed; a piece
+    of tables becomes none, both are 0 then.
+    """
 
     start: int
     stop: int
+    presented_start: int = 0
+    presented_stop: int = 0
+    is_compressed: bool = False
 
 
 class Request(NamedTuple):
@@ -40,7 +47,7 @@ class Request(NamedTuple):
 class FetchPlan:
     """What of one image is wanted and what is in flight.
 
-    Two pieces never overlap unless they are equal: a view cuts the source in one way only.
+    Two pieces seldom overlap unless they are equal; those that do go by different requests.
     """
 
     def __init__(self, request_bytes_max: int) -> None:
@@ -66,7 +73,7 @@ class FetchPlan:
 
     def is_pending(self, piece: Piece) -> bool:
         """True if the piece is wanted or in flight: nobody needs to ask for it again."""
-        return piece in self._in_flight or self._wanted_by_start.get(piece.start) == piece
+        return piece in self._in_flight or piece in self._urgent or piece in self._background
 
     def want(self, pieces: Iterable[Piece], *, urgent: bool) -> None:
         """Ask for pieces.  One in flight stays as it is; one wanted in the background may become urgent."""
@@ -80,6 +87,10 @@ class FetchPlan:
                 self._background[piece] = None
             self._wanted_by_start[piece.start] = piece
             self._wanted_by_stop[piece.stop] = piece
+
+    def hasten(self, pieces: Iterable[Piece]) -> None:
+        """Make urgent those of the pieces that are wanted in the background."""
+        self.want([piece for piece in pieces if piece in self._background], urgent=True)
 
     def abandon(self, pieces: Iterable[Piece]) -> None:
         """Forget pieces that are wanted; what is in flight arrives all the same."""

@@ -7,11 +7,11 @@ mislabelled header is never presented".
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, TYPE_CHECKING, cast
 
 from lazyimg.core.identity import ImageRecord
+from lazyimg.core.qcow2 import parse_header
 from lazyimg.errors import ImageRefused
 
 if TYPE_CHECKING:
@@ -78,12 +78,28 @@ def judge(head: bytes, record: ImageRecord, view: str) -> Verdict:
         raise _refused(
             record, f"its disk_format is {disk_format}, its content is {content}", "upload it as what it is"
         )
-    for inspector in found:
-        _check_safety(inspector, record)
+    if disk_format != "qcow2" or view != "raw":
+        # Decoded here, a qcow2 is opened by nobody else: its header alone decides.
+        for inspector in found:
+            _check_safety(inspector, record)
     if disk_format != "qcow2":
         return Verdict("raw", size_bytes)
-    header = _judge_qcow2(head, record, size_bytes)
-    return Verdict("raw" if view == "raw" else "qcow2", header.virtual_size_bytes, header.cluster_size_bytes)
+    try:
+        header = parse_header(head, size_bytes)
+    except ImageRefused as exc:
+        raise ImageRefused(f"image {record.id}: {exc}") from exc
+    presented_format = "raw" if view == "raw" else "qcow2"
+    return Verdict(presented_format, header.virtual_size_bytes, header.cluster_size_bytes)
+
+
+def is_decoded(record: ImageRecord, view: str) -> bool:
+    """True if the image's presented bytes are decoded from its source, and not the source itself."""
+    return view == "raw" and record.disk_format == "qcow2"
+
+
+def as_raw(record: ImageRecord, size_bytes: int) -> ImageRecord:
+    """Return the record of a decoded image's presented bytes, of which there are `size_bytes`, for `judge`."""
+    return replace(record, disk_format="raw", container_format="bare", size_bytes=size_bytes)
 
 
 def _refused(record: ImageRecord, reason: str, next_step: str) -> ImageRefused:
@@ -134,69 +150,3 @@ def _check_safety(inspector: FileInspector, record: ImageRecord) -> None:
         failures = getattr(exc, "failures", None) or {"header": exc}
         reason = ", ".join(f"{name}: {failure}" for name, failure in sorted(failures.items()))
         raise _refused(record, f"it is not safe to open ({reason})", _CONVERT) from exc
-
-
-# ── qcow2 ──
-#
-#  byte  0  magic 'QFI\xfb'        32  crypt_method        72  incompatible features  (version 3)
-#        4  version                36  l1_size (entries)      bit 0 dirty, 1 corrupt, 2 data file,
-#       20  cluster_bits           40  l1_table_offset            3 compression type, 4 extended L2
-#       24  virtual size                                  100  header_length          (version 3)
-#
-# All big-endian (qcow2 spec, "Header").
-
-_V2_HEADER = struct.Struct(">4sIQIIQIIQ")
-_V3_HEADER_BYTES = 104
-_FEATURE_DIRTY = 1 << 0
-_FEATURE_CORRUPT = 1 << 1
-# qemu's QCOW_MAX_L1_SIZE; more entries than that it will not open.
-_L1_TABLE_BYTES_MAX = 32 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class _Qcow2Header:
-    virtual_size_bytes: int
-    cluster_size_bytes: int
-
-
-def _judge_qcow2(head: bytes, record: ImageRecord, size_bytes: int) -> _Qcow2Header:
-    """Check what the inspector does not: encryption, dirty and corrupt bits, sizes and the L1 table's place.
-
-    The inspector has found magic, a version of 2 or 3, 512 bytes of header, and no backing or data file.
-    """
-    _, version, _, _, cluster_bits, virtual_size_bytes, crypt, l1_entries, l1_offset = _V2_HEADER.unpack_from(
-        head
-    )
-    if not 9 <= cluster_bits <= 21:
-        raise _refused(record, f"its qcow2 header claims cluster_bits {cluster_bits}, not 9 to 21", _CONVERT)
-    cluster_size_bytes = 1 << cluster_bits
-    if version == 3:
-        _judge_features(head, record, cluster_size_bytes)
-    if crypt != 0:
-        raise _refused(record, "its qcow2 content is encrypted", _CONVERT)
-    # One L1 entry covers as many clusters as one L2 table, a cluster of 8-byte entries, has room for.
-    covered_bytes = l1_entries * (cluster_size_bytes // 8) * cluster_size_bytes
-    l1_table_bytes = l1_entries * 8
-    if (
-        virtual_size_bytes >= 1 << 63
-        or covered_bytes < virtual_size_bytes
-        or l1_table_bytes > _L1_TABLE_BYTES_MAX
-    ):
-        reason = f"its qcow2 header claims {virtual_size_bytes} bytes in an L1 table of {l1_entries} entries"
-        raise _refused(record, reason, _CONVERT)
-    if l1_offset % cluster_size_bytes or (l1_entries and l1_offset < cluster_size_bytes):
-        raise _refused(record, f"its qcow2 L1 table lies at byte {l1_offset}", _CONVERT)
-    if l1_offset + l1_table_bytes > size_bytes:
-        reason = f"its qcow2 L1 table ends at byte {l1_offset + l1_table_bytes} of {size_bytes}"
-        raise _refused(record, reason, "upload all of it")
-    return _Qcow2Header(virtual_size_bytes, cluster_size_bytes)
-
-
-def _judge_features(head: bytes, record: ImageRecord, cluster_size_bytes: int) -> None:
-    (features,) = struct.unpack_from(">Q", head, 72)
-    (header_length,) = struct.unpack_from(">I", head, 100)
-    if features & (_FEATURE_DIRTY | _FEATURE_CORRUPT):
-        # qemu would want to repair it, which it cannot here; its refcounts, at least, are not to be trusted.
-        raise _refused(record, "its qcow2 is marked dirty or corrupt", "repair it with qemu-img check -r all")
-    if header_length < _V3_HEADER_BYTES or header_length > min(cluster_size_bytes, len(head)):
-        raise _refused(record, f"its qcow2 header claims a length of {header_length} bytes", _CONVERT)

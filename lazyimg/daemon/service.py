@@ -18,8 +18,6 @@ import pyfuse3
 import trio
 
 from lazyimg.config import Config
-from lazyimg.core.identity import ImageRecord
-from lazyimg.core.readahead import Readahead
 from lazyimg.daemon import mountpoint
 from lazyimg.daemon.answers import Answers
 from lazyimg.daemon.filesystem import Filesystem
@@ -33,15 +31,10 @@ from lazyimg.errors import ConfigError, InUse, LazyImgError
 from lazyimg.glance.auth import make_auth
 from lazyimg.glance.client import GlanceClient
 from lazyimg.image.catalog import Catalog
-from lazyimg.image.fetcher import Fetcher
-from lazyimg.image.lazyimage import LazyImage
-from lazyimg.image.prefetcher import Prefetcher
+from lazyimg.image.maker import FetchLimits, ImageMaker, Shared
 from lazyimg.image.slots import ByteBudget, FlightSlots
 from lazyimg.image.space import CacheSpace
-from lazyimg.image.view import StoredView
-from lazyimg.image.writer import Writer
 from lazyimg.store.cachedir import CacheDir
-from lazyimg.store.chunkfile import ChunkFile
 
 logger = logging.getLogger("lazyimg.daemon")
 
@@ -93,25 +86,34 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
     cache = CacheDir(config.cache_dir)
     try:
         glance = _make_glance(config)
-        limits = _Limits(config)
+        shared = _make_shared(config)
         space = CacheSpace(
             cache,
-            limits.cache_writes,
+            shared.cache_writes,
             size_max_bytes=config.cache_size_max,
             free_min_bytes=config.cache_free_min,
         )
         resumption = Resumption(fuse_fd, handover.init_request)
         async with trio.open_nursery() as nursery:
-
-            def make_image(record: ImageRecord, file: ChunkFile) -> LazyImage:
-                return _make_image(record, file, config, glance, space, limits, nursery)
-
+            maker = ImageMaker(
+                glance,
+                space,
+                shared,
+                nursery,
+                view=config.view,
+                limits=FetchLimits(
+                    config.request_bytes_max,
+                    config.random_request_bytes_max,
+                    config.read_timeout,
+                    config.retry_pause_max,
+                ),
+            )
             catalog = Catalog(
                 glance,
                 cache,
-                make_image,
+                maker,
                 nursery,
-                limits.index,
+                trio.CapacityLimiter(config.cache_write_threads),
                 view=config.view,
                 lookup_timeout_s=config.lookup_timeout,
                 image_list_ttl_s=config.image_list_ttl,
@@ -124,7 +126,9 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
             upper = Upper(upper_fd)
             owner = None if config.image_owner is None else parse_owner(config.image_owner)
             lazy = LazyFiles(catalog, int(config.image_mode, 8), lambda: owner or upper.owner)
-            filesystem = Filesystem(lazy, upper, limits.upper, resumption.take_over)
+            filesystem = Filesystem(
+                lazy, upper, trio.CapacityLimiter(config.upper_threads), resumption.take_over
+            )
             pyfuse3.init(filesystem, resumption.mountpoint, set(pyfuse3.default_options))
             nursery.start_soon(_serve_fuse, config, resumption, nursery.cancel_scope)
             answers = Answers(catalog, space, nursery, mountpoint=handover.mountpoint, view=config.view)
@@ -139,17 +143,14 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
         cache.close()
 
 
-class _Limits:
-    """What all images share: slots for flights, unwritten bytes, and threads, a limiter for each purpose."""
-
-    def __init__(self, config: Config) -> None:
-        self.slots = FlightSlots(config.requests_max, config.background_requests_max)
-        self.unwritten = ByteBudget(config.write_buffer_max)
-        self.cache_reads = trio.CapacityLimiter(config.cache_read_threads)
-        self.cache_writes = trio.CapacityLimiter(config.cache_write_threads)
-        self.index = trio.CapacityLimiter(config.cache_write_threads)
-        self.upper = trio.CapacityLimiter(config.upper_threads)
-        self.hashing = trio.CapacityLimiter(1)
+def _make_shared(config: Config) -> Shared:
+    return Shared(
+        FlightSlots(config.requests_max, config.background_requests_max),
+        ByteBudget(config.write_buffer_max),
+        trio.CapacityLimiter(config.cache_read_threads),
+        trio.CapacityLimiter(config.cache_write_threads),
+        trio.CapacityLimiter(1),
+    )
 
 
 def _make_glance(config: Config) -> GlanceClient:
@@ -160,39 +161,6 @@ def _make_glance(config: Config) -> GlanceClient:
         between_bytes_timeout_s=config.between_bytes_timeout,
         # Records and lists are asked while all flights are out.
         connections_max=config.requests_max + config.background_requests_max,
-    )
-
-
-def _make_image(
-    record: ImageRecord,
-    file: ChunkFile,
-    config: Config,
-    glance: GlanceClient,
-    space: CacheSpace,
-    limits: _Limits,
-    nursery: trio.Nursery,
-) -> LazyImage:
-    fetcher = Fetcher(
-        record.id,
-        StoredView(file.size_bytes),
-        glance,
-        Writer(file, space, limits.unwritten, limits.cache_writes, nursery),
-        limits.slots,
-        nursery,
-        request_bytes_max=config.request_bytes_max,
-        read_timeout_s=config.read_timeout,
-        retry_pause_max_s=config.retry_pause_max,
-    )
-    readahead = Readahead(config.random_request_bytes_max, config.request_bytes_max)
-    return LazyImage(
-        record,
-        record.inode(config.view),
-        file,
-        fetcher,
-        Prefetcher(file, readahead),
-        limits.cache_reads,
-        limits.cache_writes,
-        limits.hashing,
     )
 
 

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 import trio
 
-from lazyimg.core.header import HEAD_SIZE_BYTES, Verdict, judge
+from lazyimg.core.header import HEAD_SIZE_BYTES, Verdict, as_raw, is_decoded, judge
 from lazyimg.core.identity import BASE_NAME_OF_NOTHING, ImageRecord, base_name, is_image_id
 from lazyimg.errors import (
     GlanceUnavailable,
@@ -29,8 +29,8 @@ from lazyimg.errors import (
 from lazyimg.image.decisions import Decisions, Refusals
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.listing import GlanceListing, Listing
+from lazyimg.image.maker import Maker
 from lazyimg.store.cachedir import CacheDir
-from lazyimg.store.chunkfile import ChunkFile
 from lazyimg.store.entry import ImageEntry
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Catalog:
         self,
         glance: GlanceListing,
         cache: CacheDir,
-        make_image: Callable[[ImageRecord, ChunkFile], LazyImage],
+        maker: Maker,
         nursery: trio.Nursery,
         limiter: trio.CapacityLimiter,
         *,
@@ -64,7 +64,7 @@ class Catalog:
         self._glance = glance
         self._listing = Listing(glance)
         self._cache = cache
-        self._make_image = make_image
+        self._maker = maker
         self._nursery = nursery
         self._limiter = limiter
         self._view = view
@@ -165,7 +165,11 @@ class Catalog:
                 if entry is None:
                     raise KeyError(key)
                 file = await self._in_thread(self._cache.open_image, key)
-                image = self._images[key] = self._make_image(entry.record, file)
+                try:
+                    image = self._images[key] = await self._maker.make(entry.record, file)
+                except BaseException:
+                    self._cache.close_image(key)
+                    raise
         return image
 
     def key_of(self, image: str) -> str | None:
@@ -177,7 +181,9 @@ class Catalog:
 
     async def verdict(self, image: LazyImage) -> Verdict:
         """Return how a published image is presented."""
-        return self._judge(await image.read(0, HEAD_SIZE_BYTES, for_lookup=True), image.record)
+        if is_decoded(image.record, self._view):
+            return Verdict("raw", image.size_bytes)
+        return judge(await image.read(0, HEAD_SIZE_BYTES, for_lookup=True), image.record, self._view)
 
     def entry_of(self, image: LazyImage) -> ImageEntry | None:
         return self._cache.index.get(image.record.key(self._view))
@@ -221,8 +227,12 @@ class Catalog:
             return
         now_s = time.time()
         if not entry.in_use:
-            await self._mark(
-                entry, last_used_s=now_s, in_use=True, mtime_ns=entry.mtime_ns or int(now_s * 1e9)
+            # A mtime that is being set at this moment is kept: it is looked at when it is this change's turn.
+            await self._change(
+                entry,
+                lambda now: replace(
+                    now, last_used_s=now_s, in_use=True, mtime_ns=now.mtime_ns or int(now_s * 1e9)
+                ),
             )
         elif now_s - entry.last_used_s > USED_INTERVAL_S:
             await self._mark(entry, last_used_s=now_s)
@@ -340,33 +350,48 @@ class Catalog:
 
     async def _judged(self, record: ImageRecord, size_bytes: int) -> LazyImage:
         """Fetch the first bytes of an image, judge them, and publish it or leave nothing of it."""
-        entry = ImageEntry(record, self._view, size_bytes, last_used_s=time.time(), state=JUDGING)
-        await self._in_thread(self._cache.index.put, entry)
-        image = await self.image_of(entry.key)
         try:
-            head = await image.read(0, HEAD_SIZE_BYTES, for_lookup=True)
-            self._judge(head, record)
+            if is_decoded(record, self._view):
+                head = await self._maker.read_head(record)
+                size_bytes = judge(head, record, self._view).virtual_size_bytes
+                # What a guest wrote into its disk must not be taken for a format either.
+                record_judged = as_raw(record, size_bytes)
+            else:
+                record_judged = record
+            return await self._first_bytes_judged(record, size_bytes, record_judged)
         except ImageForbidden:
             # Says nothing of its content; these credentials may be given the right to read it.
             raise
         except ImageRefused as exc:
-            self._close(entry.key, image)
-            await self._in_thread(self._cache.remove_image, entry.key)
             raise self._refusals.note(record, exc) from exc
+
+    async def _first_bytes_judged(
+        self, record: ImageRecord, size_bytes: int, record_judged: ImageRecord
+    ) -> LazyImage:
+        """Have the first presented bytes here, so that inspection is served locally, and publish the image."""
+        entry = ImageEntry(record, self._view, size_bytes, last_used_s=time.time(), state=JUDGING)
+        await self._in_thread(self._cache.index.put, entry)
+        try:
+            image = await self.image_of(entry.key)
+            judge(await image.read(0, HEAD_SIZE_BYTES, for_lookup=True), record_judged, self._view)
+        except ImageForbidden:
+            raise
+        except ImageRefused:
+            self._close(entry.key, self._images.get(entry.key))
+            await self._in_thread(self._cache.remove_image, entry.key)
+            raise
         await self._mark(entry, state="active")
         self._refusals.forget(record)
         self._publish(entry)
         return image
 
-    def _judge(self, head: bytes, record: ImageRecord) -> Verdict:
-        return judge(head, record, self._view)
-
     # ── entries ──
 
-    def _close(self, key: str, image: LazyImage) -> None:
+    def _close(self, key: str, image: LazyImage | None) -> None:
         """Close an image's chunk file.  On the event loop, whose reads use the descriptor without a lock."""
         self._images.pop(key, None)
-        image.drop()
+        if image is not None:
+            image.drop()
         self._cache.close_image(key)
 
     def _publish(self, entry: ImageEntry) -> None:
@@ -383,12 +408,15 @@ class Catalog:
         return None if key is None else self._cache.index.get(key)
 
     async def _mark(self, entry: ImageEntry, **changes: object) -> None:
-        """Change fields of an entry durably; a failing disk costs their durability, not the guest."""
+        await self._change(entry, lambda now: replace(now, **changes))  # type: ignore[arg-type]
+
+    async def _change(self, entry: ImageEntry, change: Callable[[ImageEntry], ImageEntry]) -> None:
+        """Change an entry durably; a failing disk costs its durability, not the guest."""
         try:
             # One at a time, or a change would be written over by another that began before it.
             async with self._marking:
                 current = self._cache.index.get(entry.key) or entry
-                await self._in_thread(self._cache.index.put, replace(current, **changes))  # type: ignore[arg-type]
+                await self._in_thread(self._cache.index.put, change(current))
         except OSError as exc:
             logger.warning("image %s: its index entry was not stored: %s", entry.record.id, exc)
 

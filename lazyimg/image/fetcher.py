@@ -8,12 +8,12 @@ take them therefore fails no read.  Guards I3, I4 and I5.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import trio
 
+from lazyimg.core.chunks import chunk_range, chunks_of
 from lazyimg.core.fetchplan import FetchPlan, Piece, Request
 from lazyimg.errors import (
     GlanceUnavailable,
@@ -21,23 +21,21 @@ from lazyimg.errors import (
     ImageNotFound,
     LazyImgError,
     RangesNotSupported,
-    ReadTimeout,
+    SourceDamaged,
     WholeBody,
 )
+from lazyimg.image.backoff import Backoff
 from lazyimg.image.slots import FlightSlots
 from lazyimg.image.source import Cutter, Glance, SourceKind
+from lazyimg.image.tablestore import TableStore
 from lazyimg.image.view import View
-from lazyimg.image.want import Want
+from lazyimg.image.want import Want, Wants
 from lazyimg.image.writer import Writer
 
 logger = logging.getLogger(__name__)
 
-# First pause after a failed attempt; doubles, half of it by chance, up to `retry_pause_max`.
-RETRY_PAUSE_MIN_S = 0.05
 # Whole bodies in a row, without one good range, that make an image a stream: never a single lie.
 WHOLE_BODIES_MAX = 3
-# Failures in a row that an operator should hear of; the others are told at INFO.
-FAILURES_TOLD = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +58,7 @@ class Fetcher:
         view: View,
         glance: Glance,
         writer: Writer,
+        tables: TableStore,
         slots: FlightSlots,
         nursery: trio.Nursery,
         *,
@@ -71,15 +70,13 @@ class Fetcher:
         self._view = view
         self._glance = glance
         self._writer = writer
+        self._tables = tables
         self._slots = slots
         self._nursery = nursery
-        self._read_timeout_s = read_timeout_s
-        self._retry_pause_max_s = retry_pause_max_s
+        self._backoff = Backoff(image_id, retry_pause_max_s)
         self._plan = FetchPlan(request_bytes_max)
-        self._wants: dict[int, Want] = {}
+        self._wants = Wants(image_id, self._plan, view, read_timeout_s)
         self._flights: set[trio.CancelScope] = set()
-        # Scopes of those who wait in `fetch`; a stream that goes on moves their deadlines.
-        self._readers: set[trio.CancelScope] = set()
         self.source: SourceKind = "ranges"
         self._whole_bodies = 0
         self._ranges_proven = False
@@ -87,13 +84,9 @@ class Fetcher:
         # False while only lookups want bytes: their flights may take the slots kept for them, and their stream ends
         # when it has what they want.  One for a reader goes to the end, since the next would begin at zero again.
         self._has_reader = False
-        self._is_paused = False
         self._is_stopped = False
-        self._failures = 0
         self._requests = 0
         self._fetched_bytes = 0
-        self._retries = 0
-        self._last_error: LazyImgError | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -101,8 +94,9 @@ class Fetcher:
 
     def statistics(self) -> FetchStatistics:
         """Return a snapshot of the counters."""
-        error = None if self._last_error is None else str(self._last_error)
-        return FetchStatistics(self._requests, self._fetched_bytes, self._retries, len(self._wants), error)
+        error = None if self._wants.last_error is None else str(self._wants.last_error)
+        retries = self._backoff.retries
+        return FetchStatistics(self._requests, self._fetched_bytes, retries, len(self._wants), error)
 
     async def fetch(
         self,
@@ -116,44 +110,36 @@ class Fetcher:
 
         Urgent wants wait `read_timeout`, on a stream that long without progress, then raise ReadTimeout; others
         wait as long as it takes.  Raises ImageNotFound or ImageForbidden once Glance's record of the image
-        itself says so.  Cancellation leaves the flights as they are.
+        itself says so, SourceDamaged where the source is not what its format allows.  Cancellation leaves the
+        flights as they are.
         """
         if self._is_stopped:
             raise self._dropped()
-        got: dict[int, bytes] = {}
-        wants: dict[int, Want] = {}
-        for chunk in chunks:
-            data = self._writer.unwritten(chunk)
-            if data is not None:
-                got[chunk] = data
-                continue
-            want = self._wants.setdefault(chunk, Want(urgent))
-            want.is_urgent |= urgent
-            want.waiters += 1
-            wants[chunk] = want
-        if not wants:
-            return got
         self._has_reader |= not for_lookup
-        self._want(self._view.pieces(wants), urgent=urgent)
-        self._want_ahead(ahead)
-        limit_s = self._read_timeout_s if urgent else float("inf")
-        scope = trio.CancelScope(deadline=trio.current_time() + limit_s)
-        if urgent:
-            self._readers.add(scope)
+        await self._need_tables(chunks, urgent=urgent)
+        got: dict[int, bytes] = {}
+        zeros: list[int] = []
+        wants: dict[int, Want] = {}
         try:
+            # No `await` before all is wanted: what arrives meanwhile would be wanted twice.
+            for chunk in chunks:
+                data = self._writer.unwritten(chunk)
+                if data is not None:
+                    got[chunk] = data
+                elif chunk in self._wants or self._view.plan(chunk):
+                    wants[chunk] = self._join(chunk, urgent=urgent)
+                else:
+                    start, stop = chunk_range(chunk, self._view.size_bytes)
+                    got[chunk] = bytes(stop - start)
+                    zeros.append(chunk)
+            if zeros:
+                self._nursery.start_soon(self._put_zeros, zeros)
+            self._want_ahead(ahead)
             self._pump()
-            with scope:
-                for chunk, want in wants.items():
-                    await want.arrived.wait()
-                    got[chunk] = want.outcome()
-                return got
+            got |= await self._wants.outcomes(wants, urgent=urgent)
         finally:
-            self._readers.discard(scope)
-            self._leave(wants)
-        raise ReadTimeout(
-            f"image {self._image_id}: chunk {next(c for c in wants if c not in got)} did not come within "
-            f"{self._read_timeout_s:g} s ({self._last_error or 'no answer'}); the next read tries again"
-        )
+            self._wants.leave(wants)
+        return got
 
     async def wait_written(self) -> None:
         """Wait until all that has arrived is on file or given up."""
@@ -167,9 +153,12 @@ class Fetcher:
     def abandon_background(self) -> None:
         """Forget what nobody waits for; flights under way are let arrive, a stream ends when it can."""
         self._has_reader = False
-        kept = {chunk for chunk, want in self._wants.items() if not want.is_urgent}
         self._plan.abandon_background()
-        self._want(self._view.pieces(kept), urgent=False)
+        for chunk in self._view.half_complete:
+            if chunk not in self._wants:
+                self._view.forget(chunk)
+        for piece in self._wants.missing_pieces(urgent=False):
+            self._want((piece,), urgent=False)
 
     def stop(self) -> None:
         """End all flights; whoever still waits is told that the image was dropped."""
@@ -177,7 +166,7 @@ class Fetcher:
         self._writer.stop()
         for scope in self._flights:
             scope.cancel()
-        self._fail_all(self._dropped())
+        self._wants.fail(list(self._wants), self._dropped())
 
     def _dropped(self) -> GlanceUnavailable:
         return GlanceUnavailable(f"image {self._image_id}: dropped from the cache; open it again")
@@ -190,27 +179,48 @@ class Fetcher:
             self._plan.want(pieces, urgent=urgent)
 
     def _want_ahead(self, chunks: Iterable[int]) -> None:
-        absent = (chunk for chunk in chunks if not self._writer.holds(chunk))
-        self._want(self._view.pieces(absent), urgent=False)
+        absent = [chunk for chunk in chunks if not self._writer.holds(chunk) and chunk not in self._wants]
+        try:
+            # A guess is not worth fetching tables for.
+            if absent and not self._view.missing_tables(absent):
+                self._want([piece for chunk in absent for piece in self._view.plan(chunk)], urgent=False)
+        except SourceDamaged:
+            # Whoever reads there is told.
+            return
 
-    def _leave(self, wants: dict[int, Want]) -> None:
-        """Take one waiter off each want; what nobody waits for and no flight brings is no longer wanted."""
-        for chunk, want in wants.items():
-            want.waiters -= 1
-            if not want.waiters and self._wants.get(chunk) is want:
-                del self._wants[chunk]
-                self._plan.abandon(self._view.pieces((chunk,)))
+    async def _need_tables(self, chunks: Sequence[int], *, urgent: bool) -> None:
+        """Have the view's tables for these chunks, from the cache or else from Glance."""
+        while missing := self._view.missing_tables(chunks):
+            kept = await self._tables.get(missing)
+            for piece, data in kept.items():
+                self._view.give_table(piece, data)
+            wants: dict[Piece, Want] = {}
+            try:
+                for piece in missing:
+                    if piece not in kept:
+                        wants[piece] = self._join(piece, urgent=urgent)
+                self._pump()
+                await self._wants.outcomes(wants, urgent=urgent)
+            finally:
+                self._wants.leave(wants)
 
-    def _fail_all(self, error: LazyImgError) -> None:
-        for chunk, want in list(self._wants.items()):
-            want.error = error
-            want.arrived.set()
-            del self._wants[chunk]
-            self._plan.abandon(self._view.pieces((chunk,)))
+    def _join(self, key: int | Piece, *, urgent: bool) -> Want:
+        is_known = key in self._wants
+        want = self._wants.join(key, urgent=urgent)
+        if not is_known:
+            self._want(want.pieces, urgent=urgent)
+        elif urgent:
+            self._plan.hasten(want.pieces)
+        return want
+
+    async def _put_zeros(self, chunks: Sequence[int]) -> None:
+        for chunk in chunks:
+            start, stop = chunk_range(chunk, self._view.size_bytes)
+            await self._writer.put([(chunk, bytes(stop - start))], when_done=lambda: None)
 
     def _pump(self) -> None:
         """Start the flights that may start now.  Synchronous, so that plan and slots agree."""
-        if self._is_paused or self._is_stopped:
+        if self._backoff.is_paused or self._is_stopped:
             return
         if self.source == "stream":
             if self._wants and not self._is_streaming and self._take_slot(urgent=True):
@@ -280,21 +290,37 @@ class Fetcher:
         self._pump()
 
     async def _arrived(self, piece: Piece, data: bytes) -> None:
-        self._failures = 0
+        self._backoff.succeeded()
         self._fetched_bytes += len(data)
-        chunks = self._view.decode(piece, data)
+        try:
+            if piece in self._wants:
+                self._view.give_table(piece, data)
+                self._nursery.start_soon(self._tables.put, piece, data)
+                chunks: list[tuple[int, bytes]] = []
+                self._wants.hand_over(piece, data)
+            else:
+                chunks = self._view.decode(piece, data)
+        except SourceDamaged as exc:
+            self._plan.arrived(piece)
+            self._wants.fail([piece, *chunks_of(piece.presented_start, piece.presented_stop)], exc)
+            return
         for chunk, presented in chunks:
-            want = self._wants.pop(chunk, None)
-            if want is not None:
-                want.data = presented
-                want.arrived.set()
-        await self._writer.put(chunks, when_done=lambda: self._plan.arrived(piece))
+            self._wants.hand_over(chunk, presented)
+        if chunks:
+            await self._writer.put(chunks, when_done=lambda: self._plan.arrived(piece))
+        else:
+            self._plan.arrived(piece)
 
-    def _want_again(self, pieces: Iterable[Piece]) -> None:
-        for piece in pieces:
-            wants = [self._wants[c] for c in self._view.chunks(piece) if c in self._wants]
-            if wants:
-                self._want((piece,), urgent=any(want.is_urgent for want in wants))
+    def _want_again(self, pieces: Sequence[Piece]) -> None:
+        """Want again, of the pieces that a flight lost, what somebody waits for."""
+        lost = set(pieces)
+        for urgent in (True, False):
+            wanted = self._wants.missing_pieces(urgent=urgent)
+            self._want([piece for piece in wanted if piece in lost], urgent=urgent)
+        for piece in lost:
+            for chunk in chunks_of(piece.presented_start, piece.presented_stop):
+                if chunk not in self._wants:
+                    self._view.forget(chunk)
 
     # ── the stream ──
 
@@ -309,8 +335,7 @@ class Fetcher:
                 async for data in body:
                     for piece, whole in cutter.feed(data):
                         await self._arrived(piece, whole)
-                    for reader in self._readers:
-                        reader.deadline = trio.current_time() + self._read_timeout_s
+                    self._wants.prolong()
                     if not self._wants and not self._has_reader:
                         break
         except LazyImgError as exc:
@@ -330,7 +355,7 @@ class Fetcher:
 
     async def _after_failure(self, error: LazyImgError) -> None:
         """Decide what a failed attempt means; pauses, but never longer than a waiting guest may be kept."""
-        self._last_error = error
+        self._wants.last_error = error
         if isinstance(error, RangesNotSupported):
             self._become_stream(error)
             return
@@ -340,20 +365,19 @@ class Fetcher:
                 self._become_stream(error)
                 return
         if isinstance(error, ImageNotFound | ImageForbidden) and await self._is_final():
-            self._fail_all(error)
+            self._wants.fail(list(self._wants), error)
             return
-        retry_after_s = error.retry_after_s if isinstance(error, GlanceUnavailable) else None
-        await self._pause(retry_after_s)
+        await self._backoff.pause(self._wants.last_error)
 
     async def _is_final(self) -> bool:
         """True if Glance's record of the image says that it is gone; bytes alone that are refused are not."""
         try:
             await self._glance.image(self._image_id)
         except (ImageNotFound, ImageForbidden) as exc:
-            self._last_error = exc
+            self._wants.last_error = exc
             return True
         except LazyImgError as exc:
-            self._last_error = exc
+            self._wants.last_error = exc
         except Exception:
             logger.exception("image %s: asking for its record failed in an unforeseen way", self._image_id)
         return False
@@ -364,24 +388,5 @@ class Fetcher:
         logger.info("image %s: reading it as one stream: %s", self._image_id, why)
         self.source = "stream"
         self._plan.abandon_background()
-        self._plan.abandon(self._view.pieces(self._wants))
-
-    async def _pause(self, retry_after_s: float | None) -> None:
-        """Let no flight of this image start for a while.  One pause at a time, whoever failed first."""
-        if self._is_paused:
-            return
-        self._failures += 1
-        self._retries += 1
-        pause_s = min(RETRY_PAUSE_MIN_S * 2 ** min(self._failures - 1, 20), self._retry_pause_max_s)
-        # Half of it by chance, so that many images and hosts do not come back at the same instant.
-        pause_s *= random.uniform(0.5, 1)
-        if retry_after_s is not None:
-            pause_s = min(max(pause_s, retry_after_s), self._retry_pause_max_s)
-        # A flight that a passing fault cost is normal operation; several in a row are not.
-        level = logging.WARNING if self._failures == FAILURES_TOLD else logging.INFO
-        logger.log(level, "image %s: %s; trying again in %.1f s", self._image_id, self._last_error, pause_s)
-        self._is_paused = True
-        try:
-            await trio.sleep(pause_s)
-        finally:
-            self._is_paused = False
+        for urgent in (True, False):
+            self._plan.abandon(self._wants.missing_pieces(urgent=urgent))

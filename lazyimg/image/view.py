@@ -1,11 +1,12 @@
 """How an image's source is presented: which source pieces complete which chunks, and how they are decoded.
 
-A chunk is a part of what is presented, a piece a part of the source; only here are the two brought together.
+A chunk is a part of what is presented, a piece a part of the source; only here and in rawview.py are the two
+brought together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES, chunk_count, chunk_range
@@ -13,7 +14,7 @@ from lazyimg.core.fetchplan import Piece
 
 
 class View(Protocol):
-    """What the fetcher needs to know of a view."""
+    """What the fetcher needs to know of a view.  Synchronous; used from the event loop only."""
 
     @property
     def size_bytes(self) -> int:
@@ -23,14 +24,27 @@ class View(Protocol):
     def source_size_bytes(self) -> int:
         """Bytes of the source."""
 
-    def pieces(self, chunks: Iterable[int]) -> list[Piece]:
-        """Return the source pieces that these chunks need, in the order of the chunks."""
+    def missing_tables(self, chunks: Sequence[int]) -> list[Piece]:
+        """Return the tables to give before these chunks, in ascending order, can be planned; none: plan now.
 
-    def chunks(self, piece: Piece) -> range:
-        """Return the chunks that a piece completes."""
+        Raises SourceDamaged where a table that was given is not what the format allows.
+        """
+
+    def give_table(self, piece: Piece, data: bytes) -> None:
+        """Take a table that was missing.  Raises SourceDamaged."""
+
+    def plan(self, chunk: int) -> list[Piece]:
+        """Return the pieces that this chunk still needs; none for a chunk of zeros.  Raises SourceDamaged."""
 
     def decode(self, piece: Piece, data: bytes) -> list[tuple[int, bytes]]:
-        """Return each completed chunk with its presented bytes."""
+        """Return each chunk that is complete with this piece, and its presented bytes.  Raises SourceDamaged."""
+
+    @property
+    def half_complete(self) -> list[int]:
+        """Chunks that some of their pieces were kept for."""
+
+    def forget(self, chunk: int) -> None:
+        """Nobody waits for the chunk any more, and no flight brings its pieces."""
 
     def stream_pieces(self) -> Iterator[Piece]:
         """Yield the pieces of the whole source in the order in which a stream brings them."""
@@ -50,15 +64,25 @@ class StoredView:
     def source_size_bytes(self) -> int:
         return self._size_bytes
 
-    def pieces(self, chunks: Iterable[int]) -> list[Piece]:
-        return [Piece(*chunk_range(chunk, self._size_bytes)) for chunk in chunks]
+    def missing_tables(self, chunks: Sequence[int]) -> list[Piece]:
+        return []
 
-    def chunks(self, piece: Piece) -> range:
-        first = piece.start // CHUNK_SIZE_BYTES
-        return range(first, first + 1)
+    def give_table(self, piece: Piece, data: bytes) -> None:
+        raise AssertionError("a stored view has no tables")
+
+    def plan(self, chunk: int) -> list[Piece]:
+        start, stop = chunk_range(chunk, self._size_bytes)
+        return [Piece(start, stop, start, stop)]
 
     def decode(self, piece: Piece, data: bytes) -> list[tuple[int, bytes]]:
-        return [(piece.start // CHUNK_SIZE_BYTES, data)]
+        return [(piece.presented_start // CHUNK_SIZE_BYTES, data)]
+
+    @property
+    def half_complete(self) -> list[int]:
+        return []
+
+    def forget(self, chunk: int) -> None:
+        """A chunk of one piece is never half complete."""
 
     def stream_pieces(self) -> Iterator[Piece]:
-        return iter(self.pieces(range(chunk_count(self._size_bytes))))
+        return (piece for chunk in range(chunk_count(self._size_bytes)) for piece in self.plan(chunk))

@@ -1,0 +1,165 @@
+"""Makes images out of their records and chunk files, with all that lies between them and Glance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from lazyimg.core.chunks import chunk_count
+from lazyimg.core.header import HEAD_SIZE_BYTES, is_decoded
+from lazyimg.core.identity import ImageRecord
+from lazyimg.core.qcow2 import parse_header
+from lazyimg.core.readahead import Readahead
+from lazyimg.errors import ImageRefused
+from lazyimg.image.fetcher import Fetcher
+from lazyimg.image.lazyimage import LazyImage
+from lazyimg.image.prefetcher import Prefetcher
+from lazyimg.image.rawview import Qcow2View
+from lazyimg.image.slots import ByteBudget, FlightSlots
+from lazyimg.image.source import Glance
+from lazyimg.image.tablestore import TableFile, TableStore
+from lazyimg.image.view import StoredView, View
+from lazyimg.image.writer import ChunkSink, Space, Writer
+from lazyimg.store.chunkfile import ChunkFile
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all images share: flights, unwritten bytes, and threads, a limiter for each purpose."""
+
+    slots: FlightSlots
+    unwritten: ByteBudget
+    cache_reads: trio.CapacityLimiter
+    cache_writes: trio.CapacityLimiter
+    hashing: trio.CapacityLimiter
+
+
+@dataclass(frozen=True, slots=True)
+class FetchLimits:
+    """Limits of each image's fetching, as config names them."""
+
+    request_bytes_max: int
+    random_request_bytes_max: int
+    read_timeout_s: float
+    retry_pause_max_s: float
+
+
+class Maker(Protocol):
+    """What the catalog needs of it."""
+
+    async def make(self, record: ImageRecord, file: ChunkFile) -> LazyImage: ...
+
+    async def read_head(self, record: ImageRecord) -> bytes: ...
+
+
+class ImageMaker:
+    """Makes the images of one view."""
+
+    def __init__(
+        self,
+        glance: Glance,
+        space: Space,
+        shared: Shared,
+        nursery: trio.Nursery,
+        *,
+        view: str,
+        limits: FetchLimits,
+    ) -> None:
+        self._glance = glance
+        self._space = space
+        self._shared = shared
+        self._nursery = nursery
+        self._view = view
+        self._limits = limits
+
+    async def make(self, record: ImageRecord, file: ChunkFile) -> LazyImage:
+        """Return the image whose chunks are in `file`.
+
+        Raises what `read_head` does where a decoded source's header is not in the cache any more.
+        """
+        view: View = StoredView(file.size_bytes)
+        if is_decoded(record, self._view):
+            head = await self._kept_head(record, file)
+            view = Qcow2View(parse_header(head, record.size_bytes or 0), head)
+        fetcher = self._fetcher(record, view, file, file, self._space)
+        readahead = Readahead(self._limits.random_request_bytes_max, self._limits.request_bytes_max)
+        return LazyImage(
+            record,
+            record.inode(self._view),
+            file,
+            fetcher,
+            Prefetcher(file, readahead),
+            self._shared.cache_reads,
+            self._shared.cache_writes,
+            self._shared.hashing,
+            is_decoded=is_decoded(record, self._view),
+        )
+
+    async def read_head(self, record: ImageRecord) -> bytes:
+        """Return the source's first bytes, up to HEAD_SIZE_BYTES, for a lookup.
+
+        Raises as `Fetcher.fetch` does, and ImageRefused where the source cannot be read in ranges.
+        """
+        size_bytes = record.size_bytes or 0
+        head_bytes = min(size_bytes, HEAD_SIZE_BYTES)
+        fetcher = self._fetcher(record, StoredView(size_bytes), _Nowhere(), _Nowhere(), _Nowhere())
+        try:
+            chunks = await fetcher.fetch(range(chunk_count(head_bytes)), for_lookup=True)
+        finally:
+            fetcher.stop()
+        if fetcher.source == "stream":
+            raise ImageRefused(
+                f"image {record.id}: its store cannot serve ranges, which decoding its {record.disk_format} needs; "
+                "upload it as raw"
+            )
+        return b"".join(chunks[chunk] for chunk in sorted(chunks))
+
+    async def _kept_head(self, record: ImageRecord, file: ChunkFile) -> bytes:
+        head_bytes = min(record.size_bytes or 0, HEAD_SIZE_BYTES)
+        limiter = self._shared.cache_reads
+        head = await trio.to_thread.run_sync(file.table, 0, head_bytes, limiter=limiter)
+        if head is None:
+            head = await self.read_head(record)
+            await trio.to_thread.run_sync(file.put_table, 0, head, limiter=limiter)
+        return head
+
+    def _fetcher(
+        self, record: ImageRecord, view: View, sink: ChunkSink, tables: TableFile, space: Space
+    ) -> Fetcher:
+        shared = self._shared
+        return Fetcher(
+            record.id,
+            view,
+            self._glance,
+            Writer(sink, space, shared.unwritten, shared.cache_writes, self._nursery),
+            TableStore(tables, shared.cache_reads),
+            shared.slots,
+            self._nursery,
+            request_bytes_max=self._limits.request_bytes_max,
+            read_timeout_s=self._limits.read_timeout_s,
+            retry_pause_max_s=self._limits.retry_pause_max_s,
+        )
+
+
+class _Nowhere:
+    """Keeps nothing: the head of a source is judged before there is a file for its bytes."""
+
+    def write(self, first_chunk: int, data: object) -> None:
+        raise AssertionError("nothing is stored")
+
+    def table(self, start: int, stop: int) -> None:
+        return None
+
+    def put_table(self, start: int, data: bytes) -> None:
+        raise AssertionError("nothing is stored")
+
+    def may_store(self, size_bytes: int) -> bool:
+        return False
+
+    def stored(self, size_bytes: int) -> None:
+        raise AssertionError("nothing is stored")
+
+    def storing_failed(self, error: OSError) -> None:
+        raise AssertionError("nothing is stored")
