@@ -88,7 +88,7 @@ def test_umount_works_while_reads_hang(
     """[I11] While reads wait for a Glance that is away, umount still answers: it never asks the mount."""
     glance = make_glance()
     image = glance.add(8 * MIB)
-    mount = make_mount(glance, read_timeout=15)
+    mount = make_mount(glance, read_timeout=4)
     mount.path_of(image).stat()
     glance.stop()
     read = mount.read_later(image, 4 * MIB, 4096)
