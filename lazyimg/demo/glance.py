@@ -26,7 +26,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from lazyimg.core.identity import ImageRecord, is_image_id
 from lazyimg.demo.faults import FaultPlan, FaultRule
-from lazyimg.demo.glance_images import BLOCK_SIZE_BYTES, DataWriter, Fields, GlanceImages
+from lazyimg.demo.glance_images import BASE_FIELDS, BLOCK_SIZE_BYTES, DataWriter, Fields, GlanceImages
 from lazyimg.demo.glance_reply import DataReply, befall, drop_connections
 from lazyimg.glance.records import parse_record
 
@@ -76,6 +76,7 @@ class EmbeddedGlance:
             Route(image, self._show, methods=["GET"]),
             Route(image, self._patch, methods=["PATCH"]),
             Route(image, self._delete, methods=["DELETE"]),
+            Route("/v2/schemas/image", self._schema, methods=["GET"]),
             Route("/faults", self._set_faults, methods=["PUT"]),
             Route("/requests", self._show_requests, methods=["GET"]),
         ]
@@ -183,6 +184,12 @@ class EmbeddedGlance:
     async def _show(self, request: Request) -> Response:
         fields = self.images.get(request.path_params["image_id"])
         return JSONResponse(fields) if fields else _no_image(request)
+
+    async def _schema(self, _: Request) -> Response:
+        """What python-glanceclient, and Nova through it, tells an image's properties from its fields by."""
+        fields = {name: {} for name in BASE_FIELDS}
+        more = {"type": "string"}
+        return JSONResponse({"name": "image", "properties": fields, "additionalProperties": more})
 
     async def _patch(self, request: Request) -> Response:
         """JSON patch (RFC 6902) of single fields."""

@@ -25,6 +25,27 @@ SETTABLE = {"name", "disk_format", "container_format", "visibility", "os_hidden"
 
 Fields = dict[str, Any]
 
+# A new image's record but for its name, its times and its links.
+_NEW: Fields = {
+    "name": None,
+    "disk_format": None,
+    "container_format": None,
+    "visibility": "shared",
+    "size": None,
+    "virtual_size": None,
+    "status": "queued",
+    "checksum": None,
+    "protected": False,
+    "min_ram": 0,
+    "min_disk": 0,
+    "owner": None,
+    "os_hidden": False,
+    "os_hash_algo": None,
+    "os_hash_value": None,
+}
+# The fields that every image has; any other is a property.
+BASE_FIELDS = (*_NEW, "id", "created_at", "updated_at", "tags", "self", "file", "schema")
+
 
 class GlanceImages:
     """All images of one folder, each a record as the API shows it and maybe a file of data."""
@@ -60,21 +81,7 @@ class GlanceImages:
         # Microseconds, which Glance does not show, keep the order of images made in one second.
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         fields: Fields = {
-            "name": None,
-            "disk_format": None,
-            "container_format": None,
-            "visibility": "shared",
-            "size": None,
-            "virtual_size": None,
-            "status": "queued",
-            "checksum": None,
-            "protected": False,
-            "min_ram": 0,
-            "min_disk": 0,
-            "owner": None,
-            "os_hidden": False,
-            "os_hash_algo": None,
-            "os_hash_value": None,
+            **_NEW,
             "id": image_id,
             "created_at": now,
             "updated_at": now,

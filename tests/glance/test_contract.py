@@ -55,6 +55,15 @@ async def test_record_says_what_was_uploaded(server: Server) -> None:
     assert not {"status", "file", "schema", "self", "visibility"} & record.properties.keys()
 
 
+async def test_schema_tells_fields_from_properties(server: Server) -> None:
+    """Nova's client asks for it before its first record; a property such as kernel_id is no field of every image."""
+    schema = (await server.http.get("/v2/schemas/image")).json()
+    assert schema["name"] == "image"
+    fields = {name for name, about in schema["properties"].items() if about.get("is_base", True)}
+    assert {"id", "name", "size", "status", "disk_format", "min_disk", "os_hash_value", "tags"} <= fields
+    assert not {"kernel_id", "os_distro"} & fields
+
+
 async def test_list_has_every_image_newest_first(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """All pages, community and hidden images too, each once, in the order of their making."""
     monkeypatch.setattr(lazyimg.glance.client, "LIST_PAGE_IMAGES", 2)
