@@ -207,7 +207,9 @@ class Filesystem(pyfuse3.Operations):
     @_never_raises
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if inode & INODE_BIT:
-            await self._in_upper(self._upper.files.open, inode, flags)
+            await self._in_upper(
+                functools.partial(self._upper.files.open, by_root=ctx.uid == 0), inode, flags
+            )
             return pyfuse3.FileInfo(fh=inode, keep_cache=False)
         await self._lazy.open(inode, flags)
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)

@@ -40,14 +40,15 @@ class UpperFiles:
         self._files: dict[int, _File] = {}
         self._lock = threading.Lock()
 
-    def open(self, inode: int, flags: int) -> None:
+    def open(self, inode: int, flags: int, *, by_root: bool) -> None:
         """Count one more handle; of `flags` the way of access and O_TRUNC matter here, the kernel sees to the rest."""
         is_truncated = bool(flags & os.O_TRUNC)
         is_writing = is_truncated or flags & os.O_ACCMODE != os.O_RDONLY
         with self._used(inode, writing=is_writing, by_handle=False) as fd:
             if is_truncated:
                 os.ftruncate(fd, 0)
-                _drop_set_ids(fd)
+                if not by_root:
+                    _drop_set_ids(fd)
             with self._lock:
                 self._files[inode].handles += 1
 
