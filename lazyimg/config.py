@@ -51,12 +51,10 @@ class Config(BaseModel):
     endpoint: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
     # Name in clouds.yaml; "envvars" for OS_*.  Neither endpoint nor cloud: OS_CLOUD or OS_* must be set.
     cloud: str | None = None
-    # Pause between two connection attempts, bytes, and so on: see glance/client.py.
+    # For a connection; from there to the first byte of an answer; and for each silence within one.
     connect_timeout: Seconds = 5
     first_byte_timeout: Seconds = 20
     between_bytes_timeout: Seconds = 10
-    # How long the cached list of images answers before it is read again.
-    image_list_ttl: Seconds = 60
     # How long "no such image" is believed.
     negative_ttl: Annotated[float, Field(ge=0, le=3600)] = 2
 

@@ -224,7 +224,7 @@ class ImageRig:
         """The chunk file of the image that was opened last."""
         return next(reversed(self.files.values()))
 
-    async def make(self, record: ImageRecord, file: ChunkFile) -> LazyImage:
+    async def make(self, record: ImageRecord, file: ChunkFile, head: bytes | None = None) -> LazyImage:
         return self.make_image(record, file)
 
     async def read_head(self, record: ImageRecord) -> bytes:
@@ -270,7 +270,6 @@ class ImageRig:
             self.write_limiter,
             view="stored",
             lookup_timeout_s=2,
-            image_list_ttl_s=60,
             negative_ttl_s=2,
             is_resumed=is_resumed,
         )

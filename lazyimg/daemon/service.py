@@ -116,7 +116,6 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
                 trio.CapacityLimiter(config.cache_write_threads),
                 view=config.view,
                 lookup_timeout_s=config.lookup_timeout,
-                image_list_ttl_s=config.image_list_ttl,
                 negative_ttl_s=config.negative_ttl,
                 is_resumed=handover.is_resumed,
             )

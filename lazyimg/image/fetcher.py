@@ -81,6 +81,8 @@ class Fetcher:
         self._whole_bodies = 0
         self._ranges_proven = False
         self._is_streaming = False
+        # How far any stream has come.
+        self._streamed_bytes_max = 0
         # False while only lookups want bytes: their flights may take the slots kept for them, and their stream ends
         # when it has what they want.  One for a reader goes to the end, since the next would begin at zero again.
         self._has_reader = False
@@ -269,6 +271,7 @@ class Fetcher:
                     for piece, whole in cutter.feed(data):
                         # From here the piece is the writer's, also when the write fails or is cancelled.
                         arrived += 1
+                        self._backoff.succeeded()
                         await self._arrived(piece, whole)
             if arrived < len(request.pieces):
                 raise GlanceUnavailable(f"image {self._image_id}: a body ended early without an error")
@@ -290,7 +293,6 @@ class Fetcher:
         self._pump()
 
     async def _arrived(self, piece: Piece, data: bytes) -> None:
-        self._backoff.succeeded()
         self._fetched_bytes += len(data)
         try:
             if piece in self._wants:
@@ -332,10 +334,17 @@ class Fetcher:
             size_bytes = self._view.source_size_bytes
             async with self._glance.open_stream(self._image_id, size_bytes=size_bytes) as body:
                 cutter = Cutter(self._view.stream_pieces())
+                received_bytes = 0
                 async for data in body:
+                    received_bytes += len(data)
                     for piece, whole in cutter.feed(data):
                         await self._arrived(piece, whole)
-                    self._wants.prolong()
+                    # To come again as far as before is no progress: a stream that always breaks at one place
+                    # must not keep those behind it waiting for ever.
+                    if received_bytes > self._streamed_bytes_max:
+                        self._streamed_bytes_max = received_bytes
+                        self._backoff.succeeded()
+                        self._wants.prolong()
                     if not self._wants and not self._has_reader:
                         break
         except LazyImgError as exc:

@@ -199,6 +199,20 @@ async def test_limit_counts_time_without_progress(
     assert isinstance(reader.error, ReadTimeout)
 
 
+async def test_stream_that_breaks_at_one_place_keeps_nobody_for_ever(
+    rig: ImageRig, fetcher: Fetcher, autojump_clock: MockClock, expected_warnings: Callable[..., None]
+) -> None:
+    """[I5] Coming as far as before is no progress: a reader behind the break has its limit."""
+    expected_warnings("trying again")
+    fetcher.source = "stream"
+    rig.glance.always.length_bytes = 9 * CHUNK
+    rig.glance.always.then = GlanceUnavailable("broken")
+    began_at = trio.current_time()
+    with pytest.raises(ReadTimeout):
+        await fetcher.fetch([30])
+    assert trio.current_time() - began_at == pytest.approx(300, abs=10)
+
+
 async def test_record_that_is_gone_ends_a_streams_readers(
     rig: ImageRig, fetcher: Fetcher, mock_clock: MockClock
 ) -> None:
