@@ -57,7 +57,6 @@ class Catalog:
         *,
         view: str,
         lookup_timeout_s: float,
-        image_list_ttl_s: float,
         negative_ttl_s: float,
         is_resumed: bool = False,
     ) -> None:
@@ -68,7 +67,6 @@ class Catalog:
         self._nursery = nursery
         self._limiter = limiter
         self._view = view
-        self._image_list_ttl_s = image_list_ttl_s
         # Published: key by name, images by key; an image is opened when it is first needed.
         self._keys: dict[str, str] = {}
         self._keys_by_inode: dict[int, str] = {}
