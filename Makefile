@@ -32,9 +32,11 @@ setup: $(VENV)/.stamp-$(INSTALL)
 demo: setup
 	$(LAZYIMG) demo
 
-# The real Glance and Keystone have a virtual environment of their own: their dependencies are not ours.
+# The real Glance and Keystone have a virtual environment of their own, and so has Nova: their dependencies are not
+# ours.
 test: setup
 	$(VENV)/bin/python tests/glance/setup_real.py
+	$(VENV)/bin/python tests/nova/setup_nova.py
 	$(PYTEST)
 
 check: setup
