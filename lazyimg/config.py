@@ -88,7 +88,7 @@ class Config(BaseModel):
     requests_max: Annotated[int, Field(ge=1, le=256)] = 16
     background_requests_max: Annotated[int, Field(ge=1, le=256)] = 4
     request_bytes_max: ByteSize = ByteSize(8 << 20)
-    random_request_bytes_max: ByteSize = ByteSize(256 << 10)
+    random_request_bytes_max: ByteSize = ByteSize(512 << 10)
 
     # ── how much this process takes ──
     # FUSE requests handled at once; above it the kernel queues them.

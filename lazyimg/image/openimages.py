@@ -1,0 +1,96 @@
+"""The images whose chunk files are open: each is opened once, when it is first needed, and closed to be dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakValueDictionary
+
+import trio
+
+from lazyimg.core.identity import ImageRecord
+from lazyimg.errors import InUse
+from lazyimg.image.lazyimage import LazyImage
+from lazyimg.image.maker import Maker
+from lazyimg.store.cachedir import CacheDir
+
+
+class OpenImages:
+    """All images of one view that are open, by key.
+
+    maybe_open: keys of images that guests of a daemon before this one may hold open; they stay.
+    """
+
+    def __init__(
+        self, cache: CacheDir, maker: Maker, limiter: trio.CapacityLimiter, maybe_open: set[str]
+    ) -> None:
+        self._cache = cache
+        self._maker = maker
+        self._limiter = limiter
+        self._maybe_open = maybe_open
+        self._images: dict[str, LazyImage] = {}
+        # By key, for as long as anybody holds one or waits for it.
+        self._opening: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
+
+    def get(self, key: str) -> LazyImage | None:
+        """Return the image if it is open."""
+        return self._images.get(key)
+
+    def all(self) -> list[LazyImage]:
+        return list(self._images.values())
+
+    async def open(self, key: str, head: bytes | None = None) -> LazyImage:
+        """Return an image that the index has, opening its chunk file if that is not open.
+
+        head: the source's first bytes, where they are at hand.  Raises KeyError or OSError.
+        """
+        image = self._images.get(key)
+        if image is not None:
+            return image
+        async with self._opening.setdefault(key, trio.Lock()):
+            image = self._images.get(key)
+            if image is None:
+                entry = self._cache.index.get(key)
+                if entry is None:
+                    raise KeyError(key)
+                file = await trio.to_thread.run_sync(self._cache.open_image, key, limiter=self._limiter)
+                try:
+                    image = self._images[key] = await self._maker.make(entry.record, file, head)
+                except BaseException:
+                    self._cache.close_image(key)
+                    raise
+        return image
+
+    def close(self, key: str) -> None:
+        """Close an image's chunk file.  On the event loop, whose reads use the descriptor without a lock."""
+        image = self._images.pop(key, None)
+        if image is not None:
+            image.drop()
+        self._cache.close_image(key)
+
+    async def remove(self, record: ImageRecord, key: str, unpublish: Callable[[], None]) -> int:
+        """Close and remove an image, bytes and entry; return the bytes freed.
+
+        unpublish: called when it is certain, before anything is removed.  Raises InUse where it is open.
+        """
+        async with self._opening.setdefault(key, trio.Lock()):
+            image = self._images.get(key)
+            if image is not None and image.open_handles:
+                raise InUse(f"image {record.id}: open by {image.open_handles} handles; end its guests first")
+            if key in self._maybe_open:
+                raise InUse(
+                    f"image {record.id}: may be open since before the daemon was replaced; remount first"
+                )
+            # From here on nobody finds it; no `await` between the check and this.
+            unpublish()
+            if image is not None:
+                self.close(key)
+            freed_bytes = await trio.to_thread.run_sync(
+                self._cache.allocated_bytes, key, limiter=self._limiter
+            )
+            await trio.to_thread.run_sync(self._cache.remove_image, key, limiter=self._limiter)
+        return freed_bytes
+
+    def busy_keys(self) -> set[str]:
+        """Return the images that are open to guests, or being fetched."""
+        busy = {key for key, image in self._images.items() if image.open_handles or not image.fetcher.is_idle}
+        return busy | self._maybe_open
