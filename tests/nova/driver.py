@@ -36,12 +36,14 @@ from nova.tests.unit import fake_block_device, fake_instance
 from nova.virt import block_device as driver_block_device
 from nova.virt import fake, images
 from nova.virt.libvirt import driver as libvirt_driver
+from nova.virt.libvirt import host
 from nova.virt.libvirt import utils as libvirt_utils
 from oslo_log import log
 from oslo_privsep import priv_context
 
 HOST = "hypervisor"
 USER, PROJECT = "user", "project"
+VOLUME_BOOTED = "00000000-0000-4000-8000-00000000b00d"
 # What an instance carries with it; anything else Nova would ask the database for.
 ATTRIBUTES = (
     "device_metadata",
@@ -67,6 +69,8 @@ class Nova:
         neutron.register_dynamic_opts(nova.conf.CONF)
         objects.register_all()
         stand_in.LibvirtFixture().setUp()
+        # There is no compute manager to hear of a guest's end, and the stand-in has no thread to tell of it.
+        mock.patch.object(host.Host, "_event_emit_delayed").start()
         self._context = context.RequestContext(USER, PROJECT, auth_token="token")
         self._driver = libvirt_driver.LibvirtDriver(fake.FakeVirtAPI(), False)
         self._driver.init_host(HOST)
@@ -106,6 +110,15 @@ class Nova:
     def forget(self, uuid: str) -> None:
         """Nova no longer has this instance; its folder is for the caller to remove."""
         self._driver.destroy(self._context, self._instances.pop(uuid), [], destroy_disks=True)
+
+    def forget_all(self) -> None:
+        """Nova has no instances any more."""
+        for uuid in list(self._instances):
+            self.forget(uuid)
+
+    def add_instance_without_image(self) -> None:
+        """There is an instance that boots from a volume."""
+        self._instance(VOLUME_BOOTED, "")
 
     def manage_image_cache(self) -> None:
         """One pass of the image cache manager, with all instances that there are."""
@@ -195,12 +208,20 @@ class Nova:
             "block_device_mapping": [],
             "image": driver_block_device.convert_local_images(disks),
         }
-        self._driver.spawn(
-            self._context, instance, meta, [], None, {}, network_info=[], block_device_info=block_device_info
-        )
+        to_libvirt = self._driver._create_guest_with_network
+        with mock.patch.object(self._driver, "_create_guest_with_network", wraps=to_libvirt) as creation:
+            self._driver.spawn(
+                self._context,
+                instance,
+                meta,
+                [],
+                None,
+                {},
+                network_info=[],
+                block_device_info=block_device_info,
+            )
         instance.vm_state = vm_states.ACTIVE
-        guest = self._driver._host.get_guest(instance)
-        xml: str = guest.get_xml_desc()
+        xml: str = creation.call_args.args[1]
         return xml
 
     @contextlib.contextmanager

@@ -111,8 +111,8 @@ def test_guest_definition_names_the_overlay_and_cache_none(host: NovaHost, glanc
     """The domain that libvirt gets is plain Nova's: qcow2, cache none, the overlay and no word of the base."""
     folder = host.instances / "4b50b2b0-0d0e-4d58-a1fb-5c6e8bbf7a3f"
     xml = host.nova.spawn(uuid=folder.name, image_id=glance.add(8 * MIB).id)
-    assert "type='qcow2' cache='none'" in xml
-    assert f"<source file='{folder}/disk'" in xml
+    assert '<driver name="qemu" type="qcow2" cache="none"' in xml
+    assert f'<source file="{folder}/disk"' in xml
     assert "_base" not in xml
 
 
