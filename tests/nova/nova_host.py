@@ -40,6 +40,7 @@ host = hypervisor
 my_ip = 127.0.0.1
 transport_url = fake://
 debug = true
+{more}
 [glance]
 api_servers = {glance_url}
 [libvirt]
@@ -47,7 +48,7 @@ virt_type = qemu
 snapshots_directory = {folder}/state/snapshots
 [service_user]
 send_service_user_token = false
-{more}
+
 """
 ROOTWRAP_CONFIG = """
 [DEFAULT]
