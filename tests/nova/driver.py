@@ -107,9 +107,21 @@ class Nova:
         self._driver.snapshot(self._context, instance, image_id, lambda **_states: None)
         return image_id
 
-    def forget(self, uuid: str) -> None:
-        """Nova no longer has this instance; its folder is for the caller to remove."""
-        self._driver.destroy(self._context, self._instances.pop(uuid), [], destroy_disks=True)
+    def disk_info(self, uuid: str) -> str:
+        """What the source of a live migration tells its target of an instance's disks."""
+        info: str = self._driver.get_instance_disk_info(self._instances[uuid])
+        return info
+
+    def prepare_live_migration(self, uuid: str, image_id: str, disk_info: str) -> None:
+        """What the target does about the disks: overlays to copy into, on bases of its own."""
+        instance = self._instance(uuid, image_id)
+        folder = libvirt_utils.get_instance_path(instance)
+        os.mkdir(folder)
+        self._driver._create_images_and_backing(self._context, instance, folder, json.loads(disk_info))
+
+    def forget(self, uuid: str, destroy_disks: bool = True) -> None:
+        """End an instance, with its disks or, as a migration's source does, without."""
+        self._driver.destroy(self._context, self._instances.pop(uuid), [], destroy_disks=destroy_disks)
 
     def forget_all(self) -> None:
         """Nova has no instances any more."""
