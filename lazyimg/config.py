@@ -96,6 +96,10 @@ class Config(BaseModel):
     cache_read_threads: Threads = 8
     cache_write_threads: Threads = 4
     upper_threads: Threads = 8
+    # For compressed clusters above 256 KiB.
+    decode_threads: Threads = 2
+    # Tables that say where a decoded image's bytes lie, kept in memory for each open image; others are on disk.
+    tables_memory_max: Annotated[ByteSize, Field(ge=1 << 20)] = ByteSize(16 << 20)
     # Bytes received and not yet written to the cache.
     write_buffer_max: ByteSize = ByteSize(64 << 20)
 

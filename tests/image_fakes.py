@@ -203,6 +203,7 @@ class ImageRig:
         self.read_limiter = trio.CapacityLimiter(4)
         self.write_limiter = trio.CapacityLimiter(4)
         self.hash_limiter = trio.CapacityLimiter(1)
+        self.decoding = trio.CapacityLimiter(2)
         self.writers: list[Writer] = []
         # By image id; the last one opened of each.
         self.files: dict[str, ChunkFile] = {}
@@ -254,6 +255,7 @@ class ImageRig:
             writer,
             TableStore(file, self.read_limiter),
             self.slots,
+            self.decoding,
             self.nursery,
             request_bytes_max=self.request_bytes_max,
             read_timeout_s=self.read_timeout_s,

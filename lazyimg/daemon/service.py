@@ -106,6 +106,7 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
                     config.random_request_bytes_max,
                     config.read_timeout,
                     config.retry_pause_max,
+                    config.tables_memory_max,
                 ),
             )
             catalog = Catalog(
@@ -149,6 +150,7 @@ def _make_shared(config: Config) -> Shared:
         trio.CapacityLimiter(config.cache_read_threads),
         trio.CapacityLimiter(config.cache_write_threads),
         trio.CapacityLimiter(1),
+        trio.CapacityLimiter(config.decode_threads),
     )
 
 

@@ -18,18 +18,12 @@ import trio
 
 from lazyimg.core.header import HEAD_SIZE_BYTES, Verdict, as_raw, is_decoded, judge
 from lazyimg.core.identity import BASE_NAME_OF_NOTHING, ImageRecord, base_name, is_image_id
-from lazyimg.errors import (
-    GlanceUnavailable,
-    ImageForbidden,
-    ImageNotFound,
-    ImageRefused,
-    InUse,
-    LazyImgError,
-)
+from lazyimg.errors import GlanceUnavailable, ImageForbidden, ImageNotFound, ImageRefused, LazyImgError
 from lazyimg.image.decisions import Decisions, Refusals
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.listing import GlanceListing, Listing
 from lazyimg.image.maker import Maker
+from lazyimg.image.openimages import OpenImages
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
 
@@ -67,13 +61,11 @@ class Catalog:
         self._nursery = nursery
         self._limiter = limiter
         self._view = view
-        # Published: key by name, images by key; an image is opened when it is first needed.
+        # Published: key by name.
         self._keys: dict[str, str] = {}
         self._keys_by_inode: dict[int, str] = {}
         self._link_targets: dict[int, str] = {}
-        self._images: dict[str, LazyImage] = {}
         # By key, for as long as anybody holds one or waits for it.
-        self._opening: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
         self._judging: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
         self._marking = trio.Lock()
         for entry in sorted(cache.index.entries(), key=lambda entry: entry.last_used_s):
@@ -81,7 +73,8 @@ class Catalog:
             if entry.view == view and entry.state != JUDGING:
                 self._publish(entry)
         # A daemon that was replaced does not tell the next which handles were open.
-        self._maybe_open = {e.key for e in self._entries() if e.in_use} if is_resumed else set()
+        maybe_open = {e.key for e in self._entries() if e.in_use} if is_resumed else set()
+        self._opened = OpenImages(cache, maker, limiter, maybe_open)
         # Asked and not published.
         self._decisions = Decisions(
             nursery, self._decide, lookup_timeout_s=lookup_timeout_s, negative_ttl_s=negative_ttl_s
@@ -153,22 +146,7 @@ class Catalog:
 
     async def image_of(self, key: str) -> LazyImage:
         """Return a published image, opening its chunk file if that is not open.  Raises KeyError or OSError."""
-        image = self._images.get(key)
-        if image is not None:
-            return image
-        async with self._opening.setdefault(key, trio.Lock()):
-            image = self._images.get(key)
-            if image is None:
-                entry = self._cache.index.get(key)
-                if entry is None:
-                    raise KeyError(key)
-                file = await self._in_thread(self._cache.open_image, key)
-                try:
-                    image = self._images[key] = await self._maker.make(entry.record, file)
-                except BaseException:
-                    self._cache.close_image(key)
-                    raise
-        return image
+        return await self._opened.open(key)
 
     def key_of(self, image: str) -> str | None:
         """Return the key of a published image by its id, or by its name if only one has it.  Raises ImageNotFound."""
@@ -190,11 +168,11 @@ class Catalog:
 
     def open_images(self) -> list[LazyImage]:
         """Return the images whose chunk file is open."""
-        return list(self._images.values())
+        return self._opened.all()
 
     def entries(self) -> list[tuple[ImageEntry, LazyImage | None]]:
         """Return what the index has of each published image, with the image itself if it is open."""
-        return [(entry, self._images.get(entry.key)) for entry in self._entries()]
+        return [(entry, self._opened.get(entry.key)) for entry in self._entries()]
 
     def refusals(self) -> list[tuple[ImageRecord, str]]:
         """Return the images that are not shown, with the reason."""
@@ -260,7 +238,7 @@ class Catalog:
         if entry is None:
             return
         await self._mark(entry, in_use=False, mtime_ns=0)
-        image = self._images.get(entry.key)
+        image = self._opened.get(entry.key)
         if image is None or not image.open_handles:
             self._nursery.start_soon(self._drop_hidden, entry.key)
 
@@ -272,9 +250,8 @@ class Catalog:
 
     def busy_keys(self) -> set[str]:
         """Return the images that must not be dropped now: open, being fetched, or all that is left of them."""
-        busy = {key for key, image in self._images.items() if image.open_handles or not image.fetcher.is_idle}
-        busy |= self._maybe_open
-        return busy | {entry.key for entry in self._cache.index.entries() if entry.state == "gone"}
+        gone = {entry.key for entry in self._cache.index.entries() if entry.state == "gone"}
+        return self._opened.busy_keys() | gone
 
     async def evict(self, key: str) -> int:
         """Drop an image's chunks; return the bytes freed.
@@ -293,21 +270,7 @@ class Catalog:
             raise ImageRefused(
                 f"image {image_id}: kept, Glance no longer has it: what is here is all there is"
             ) from exc
-        async with self._opening.setdefault(key, trio.Lock()):
-            image = self._images.get(key)
-            if image is not None and image.open_handles:
-                raise InUse(f"image {image_id}: open by {image.open_handles} handles; end its guests first")
-            if key in self._maybe_open:
-                raise InUse(
-                    f"image {image_id}: may be open since before the daemon was replaced; remount first"
-                )
-            # From here on nobody finds it; no `await` between the check and this.
-            if self._keys.get(entry.record.base_name) == key:
-                del self._keys[entry.record.base_name]
-            if image is not None:
-                self._close(key, image)
-            freed_bytes = await self._in_thread(self._cache.allocated_bytes, key)
-            await self._in_thread(self._cache.remove_image, key)
+        freed_bytes = await self._opened.remove(entry.record, key, lambda: self._unpublish(entry))
         logger.info("image %s: dropped from the cache, %d bytes freed", image_id, freed_bytes)
         return freed_bytes
 
@@ -348,6 +311,7 @@ class Catalog:
 
     async def _judged(self, record: ImageRecord, size_bytes: int) -> LazyImage:
         """Fetch the first bytes of an image, judge them, and publish it or leave nothing of it."""
+        head = None
         try:
             if is_decoded(record, self._view):
                 head = await self._maker.read_head(record)
@@ -356,7 +320,7 @@ class Catalog:
                 record_judged = as_raw(record, size_bytes)
             else:
                 record_judged = record
-            return await self._first_bytes_judged(record, size_bytes, record_judged)
+            return await self._first_bytes_judged(record, size_bytes, record_judged, head)
         except ImageForbidden:
             # Says nothing of its content; these credentials may be given the right to read it.
             raise
@@ -364,18 +328,18 @@ class Catalog:
             raise self._refusals.note(record, exc) from exc
 
     async def _first_bytes_judged(
-        self, record: ImageRecord, size_bytes: int, record_judged: ImageRecord
+        self, record: ImageRecord, size_bytes: int, record_judged: ImageRecord, head: bytes | None
     ) -> LazyImage:
         """Have the first presented bytes here, so that inspection is served locally, and publish the image."""
         entry = ImageEntry(record, self._view, size_bytes, last_used_s=time.time(), state=JUDGING)
         await self._in_thread(self._cache.index.put, entry)
         try:
-            image = await self.image_of(entry.key)
+            image = await self._opened.open(entry.key, head)
             judge(await image.read(0, HEAD_SIZE_BYTES, for_lookup=True), record_judged, self._view)
         except ImageForbidden:
             raise
         except ImageRefused:
-            self._close(entry.key, self._images.get(entry.key))
+            self._opened.close(entry.key)
             await self._in_thread(self._cache.remove_image, entry.key)
             raise
         await self._mark(entry, state="active")
@@ -385,17 +349,14 @@ class Catalog:
 
     # ── entries ──
 
-    def _close(self, key: str, image: LazyImage | None) -> None:
-        """Close an image's chunk file.  On the event loop, whose reads use the descriptor without a lock."""
-        self._images.pop(key, None)
-        if image is not None:
-            image.drop()
-        self._cache.close_image(key)
-
     def _publish(self, entry: ImageEntry) -> None:
         self._keys[entry.record.base_name] = entry.key
         self._keys_by_inode[entry.record.inode(self._view)] = entry.key
         self._link_targets[entry.record.inode(LINK)] = entry.record.base_name
+
+    def _unpublish(self, entry: ImageEntry) -> None:
+        if self._keys.get(entry.record.base_name) == entry.key:
+            del self._keys[entry.record.base_name]
 
     def _entries(self) -> list[ImageEntry]:
         found = (self._cache.index.get(key) for key in self._keys.values())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import trio
 
-from lazyimg.core.chunks import chunk_range, chunks_of
+from lazyimg.core.chunks import chunks_of
 from lazyimg.core.fetchplan import FetchPlan, Piece, Request
 from lazyimg.errors import (
     GlanceUnavailable,
@@ -24,6 +24,7 @@ from lazyimg.errors import (
     SourceDamaged,
     WholeBody,
 )
+from lazyimg.image.arrivals import Arrivals
 from lazyimg.image.backoff import Backoff
 from lazyimg.image.slots import FlightSlots
 from lazyimg.image.source import Cutter, Glance, SourceKind
@@ -60,6 +61,7 @@ class Fetcher:
         writer: Writer,
         tables: TableStore,
         slots: FlightSlots,
+        decoding: trio.CapacityLimiter,
         nursery: trio.Nursery,
         *,
         request_bytes_max: int,
@@ -76,6 +78,7 @@ class Fetcher:
         self._backoff = Backoff(image_id, retry_pause_max_s)
         self._plan = FetchPlan(request_bytes_max)
         self._wants = Wants(image_id, self._plan, view, read_timeout_s)
+        self._arrivals = Arrivals(image_id, view, self._plan, self._wants, writer, tables, decoding, nursery)
         self._flights: set[trio.CancelScope] = set()
         self.source: SourceKind = "ranges"
         self._whole_bodies = 0
@@ -118,30 +121,15 @@ class Fetcher:
         if self._is_stopped:
             raise self._dropped()
         self._has_reader |= not for_lookup
-        await self._need_tables(chunks, urgent=urgent)
-        got: dict[int, bytes] = {}
-        zeros: list[int] = []
-        wants: dict[int, Want] = {}
-        try:
-            # No `await` before all is wanted: what arrives meanwhile would be wanted twice.
-            for chunk in chunks:
-                data = self._writer.unwritten(chunk)
-                if data is not None:
-                    got[chunk] = data
-                elif chunk in self._wants or self._view.plan(chunk):
-                    wants[chunk] = self._join(chunk, urgent=urgent)
-                else:
-                    start, stop = chunk_range(chunk, self._view.size_bytes)
-                    got[chunk] = bytes(stop - start)
-                    zeros.append(chunk)
-            if zeros:
-                self._nursery.start_soon(self._put_zeros, zeros)
-            self._want_ahead(ahead)
-            self._pump()
-            got |= await self._wants.outcomes(wants, urgent=urgent)
-        finally:
-            self._wants.leave(wants)
-        return got
+        with self._wants.limit(chunks, urgent=urgent):
+            while True:
+                await self._need_tables(chunks, urgent=urgent)
+                try:
+                    return await self._fetch_mapped(chunks, ahead, urgent=urgent)
+                except SourceDamaged:
+                    if not self._doubt_tables(chunks):
+                        raise
+        raise AssertionError("unreachable: the limit raises")
 
     async def wait_written(self) -> None:
         """Wait until all that has arrived is on file or given up."""
@@ -190,6 +178,31 @@ class Fetcher:
             # Whoever reads there is told.
             return
 
+    async def _fetch_mapped(
+        self, chunks: Sequence[int], ahead: Iterable[int], *, urgent: bool
+    ) -> dict[int, bytes]:
+        """`fetch`, once no table is missing."""
+        got: dict[int, bytes] = {}
+        zeros: list[int] = []
+        wants: dict[int, Want] = {}
+        try:
+            # No `await` before all is wanted: what arrives meanwhile would be wanted twice.
+            for chunk in chunks:
+                data = self._writer.unwritten(chunk)
+                if data is not None:
+                    got[chunk] = data
+                elif chunk in self._wants or self._view.plan(chunk):
+                    wants[chunk] = self._join(chunk, urgent=urgent)
+                else:
+                    zeros.append(chunk)
+            got |= self._arrivals.take_zeros(zeros)
+            self._want_ahead(ahead)
+            self._pump()
+            got |= await self._wants.outcomes(wants)
+        finally:
+            self._wants.leave(wants)
+        return got
+
     async def _need_tables(self, chunks: Sequence[int], *, urgent: bool) -> None:
         """Have the view's tables for these chunks, from the cache or else from Glance."""
         while missing := self._view.missing_tables(chunks):
@@ -202,9 +215,16 @@ class Fetcher:
                     if piece not in kept:
                         wants[piece] = self._join(piece, urgent=urgent)
                 self._pump()
-                await self._wants.outcomes(wants, urgent=urgent)
+                await self._wants.outcomes(wants)
             finally:
                 self._wants.leave(wants)
+
+    def _doubt_tables(self, chunks: Sequence[int]) -> bool:
+        """Have the tables of damaged chunks fetched anew; False if they have been: they are what the source has."""
+        doubtful = self._tables.distrust(self._view.tables_of(chunks))
+        for piece in doubtful:
+            self._view.forget_table(piece)
+        return bool(doubtful)
 
     def _join(self, key: int | Piece, *, urgent: bool) -> Want:
         is_known = key in self._wants
@@ -214,11 +234,6 @@ class Fetcher:
         elif urgent:
             self._plan.hasten(want.pieces)
         return want
-
-    async def _put_zeros(self, chunks: Sequence[int]) -> None:
-        for chunk in chunks:
-            start, stop = chunk_range(chunk, self._view.size_bytes)
-            await self._writer.put([(chunk, bytes(stop - start))], when_done=lambda: None)
 
     def _pump(self) -> None:
         """Start the flights that may start now.  Synchronous, so that plan and slots agree."""
@@ -260,12 +275,8 @@ class Fetcher:
         arrived = 0
         error: LazyImgError | None = None
         try:
-            async with self._glance.open_range(
-                self._image_id,
-                request.start,
-                request.stop,
-                size_bytes=self._view.source_size_bytes,
-            ) as body:
+            start, stop, size_bytes = request.start, request.stop, self._view.source_size_bytes
+            async with self._glance.open_range(self._image_id, start, stop, size_bytes=size_bytes) as body:
                 cutter = Cutter(request.pieces)
                 async for data in body:
                     for piece, whole in cutter.feed(data):
@@ -288,30 +299,14 @@ class Fetcher:
             self._slots.give_back(urgent=request.is_urgent)
         if error is not None:
             # What somebody waits for is wanted again before the next `await`; the rest is dropped.
-            self._want_again(lost)
+            self._want_again(request.pieces)
             await self._after_failure(error)
         self._pump()
 
     async def _arrived(self, piece: Piece, data: bytes) -> None:
         self._fetched_bytes += len(data)
-        try:
-            if piece in self._wants:
-                self._view.give_table(piece, data)
-                self._nursery.start_soon(self._tables.put, piece, data)
-                chunks: list[tuple[int, bytes]] = []
-                self._wants.hand_over(piece, data)
-            else:
-                chunks = self._view.decode(piece, data)
-        except SourceDamaged as exc:
-            self._plan.arrived(piece)
-            self._wants.fail([piece, *chunks_of(piece.presented_start, piece.presented_stop)], exc)
-            return
-        for chunk, presented in chunks:
-            self._wants.hand_over(chunk, presented)
-        if chunks:
-            await self._writer.put(chunks, when_done=lambda: self._plan.arrived(piece))
-        else:
-            self._plan.arrived(piece)
+        if not await self._arrivals.take(piece, data):
+            self._want_again([piece])
 
     def _want_again(self, pieces: Sequence[Piece]) -> None:
         """Want again, of the pieces that a flight lost, what somebody waits for."""

@@ -34,6 +34,7 @@ class Shared:
     cache_reads: trio.CapacityLimiter
     cache_writes: trio.CapacityLimiter
     hashing: trio.CapacityLimiter
+    decoding: trio.CapacityLimiter
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +45,13 @@ class FetchLimits:
     random_request_bytes_max: int
     read_timeout_s: float
     retry_pause_max_s: float
+    tables_memory_max_bytes: int
 
 
 class Maker(Protocol):
     """What the catalog needs of it."""
 
-    async def make(self, record: ImageRecord, file: ChunkFile) -> LazyImage: ...
+    async def make(self, record: ImageRecord, file: ChunkFile, head: bytes | None) -> LazyImage: ...
 
     async def read_head(self, record: ImageRecord) -> bytes: ...
 
@@ -74,15 +76,16 @@ class ImageMaker:
         self._view = view
         self._limits = limits
 
-    async def make(self, record: ImageRecord, file: ChunkFile) -> LazyImage:
+    async def make(self, record: ImageRecord, file: ChunkFile, head: bytes | None = None) -> LazyImage:
         """Return the image whose chunks are in `file`.
 
-        Raises what `read_head` does where a decoded source's header is not in the cache any more.
+        head: what `read_head` returned for it, where that is at hand.  Raises what `read_head` does where a decoded
+        source's header is not in the cache any more.
         """
         view: View = StoredView(file.size_bytes)
         if is_decoded(record, self._view):
-            head = await self._kept_head(record, file)
-            view = Qcow2View(parse_header(head, record.size_bytes or 0), head)
+            head = await self._kept_head(record, file, head)
+            view = Qcow2View(parse_header(head, record.size_bytes or 0), self._limits.tables_memory_max_bytes)
         fetcher = self._fetcher(record, view, file, file, self._space)
         readahead = Readahead(self._limits.random_request_bytes_max, self._limits.request_bytes_max)
         return LazyImage(
@@ -116,13 +119,16 @@ class ImageMaker:
             )
         return b"".join(chunks[chunk] for chunk in sorted(chunks))
 
-    async def _kept_head(self, record: ImageRecord, file: ChunkFile) -> bytes:
+    async def _kept_head(self, record: ImageRecord, file: ChunkFile, head: bytes | None) -> bytes:
+        """Return the source's first bytes, which are in the cache from then on."""
         head_bytes = min(record.size_bytes or 0, HEAD_SIZE_BYTES)
         limiter = self._shared.cache_reads
-        head = await trio.to_thread.run_sync(file.table, 0, head_bytes, limiter=limiter)
         if head is None:
+            kept = await trio.to_thread.run_sync(file.table, 0, head_bytes, limiter=limiter)
+            if kept is not None:
+                return kept
             head = await self.read_head(record)
-            await trio.to_thread.run_sync(file.put_table, 0, head, limiter=limiter)
+        await trio.to_thread.run_sync(file.put_table, 0, head, limiter=limiter)
         return head
 
     def _fetcher(
@@ -134,8 +140,9 @@ class ImageMaker:
             view,
             self._glance,
             Writer(sink, space, shared.unwritten, shared.cache_writes, self._nursery),
-            TableStore(tables, shared.cache_reads),
+            TableStore(tables, shared.cache_reads, min(view.source_size_bytes, HEAD_SIZE_BYTES)),
             shared.slots,
+            shared.decoding,
             self._nursery,
             request_bytes_max=self._limits.request_bytes_max,
             read_timeout_s=self._limits.read_timeout_s,

@@ -6,12 +6,13 @@ compressed clusters); what has arrived of a chunk is kept until the rest has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from lazyimg.core.chunks import chunk_range, chunks_of
 from lazyimg.core.fetchplan import Piece
 from lazyimg.core.qcow2 import Compressed, Data, Extent, Header, Mapping, decode_cluster
+from lazyimg.errors import SourceDamaged
 
 
 @dataclass(slots=True)
@@ -25,17 +26,15 @@ class _Assembly:
 class Qcow2View:
     """A qcow2 source as a raw image."""
 
-    def __init__(self, header: Header, head: bytes = b"") -> None:
-        """head: the source's first bytes, as many as are at hand; tables that lie in them are not missing."""
+    def __init__(self, header: Header, tables_bytes_max: int) -> None:
+        """tables_bytes_max: of L2 tables kept in memory."""
         self._header = header
-        self._mapping = Mapping(header)
-        self._is_l1_known = False
+        self._mapping = Mapping(header, tables_bytes_max)
         self._assemblies: dict[int, _Assembly] = {}
-        l1_start, l1_stop = self._mapping.l1_range
-        if l1_stop <= len(head) or l1_start == l1_stop:
-            self._mapping.give_l1(head[l1_start:l1_stop])
-            self._is_l1_known = True
-            self._take_tables_in(head)
+        self._l1 = Piece(*self._mapping.l1_range)
+        self._is_l1_known = False
+        if self._l1.start == self._l1.stop:
+            self.give_table(self._l1, b"")
 
     @property
     def size_bytes(self) -> int:
@@ -47,7 +46,7 @@ class Qcow2View:
 
     def missing_tables(self, chunks: Sequence[int]) -> list[Piece]:
         if not self._is_l1_known:
-            return [Piece(*self._mapping.l1_range)]
+            return [self._l1]
         missing: dict[Piece, None] = {}
         for chunk in chunks:
             for table in self._mapping.missing_tables(*chunk_range(chunk, self.size_bytes)):
@@ -55,11 +54,31 @@ class Qcow2View:
         return list(missing)
 
     def give_table(self, piece: Piece, data: bytes) -> None:
-        if (piece.start, piece.stop) == self._mapping.l1_range:
+        if piece == self._l1:
             self._mapping.give_l1(data)
             self._is_l1_known = True
         else:
             self._mapping.give_table(piece.start, data)
+
+    def tables_of(self, chunks: Sequence[int]) -> list[Piece]:
+        if not self._is_l1_known:
+            return []
+        tables = {self._l1: None} if self._l1.start < self._l1.stop else {}
+        for chunk in chunks:
+            try:
+                for table in self._mapping.tables_of(*chunk_range(chunk, self.size_bytes)):
+                    tables[Piece(*table)] = None
+            except SourceDamaged:
+                # Its entry in the L1 table is the damage.
+                continue
+        return list(tables)
+
+    def forget_table(self, piece: Piece) -> None:
+        if piece == self._l1:
+            self._mapping.forget_l1()
+            self._is_l1_known = False
+        else:
+            self._mapping.forget_table(piece.start)
 
     def plan(self, chunk: int) -> list[Piece]:
         assembly = self._assemblies.get(chunk)
@@ -74,22 +93,23 @@ class Qcow2View:
             self._assemblies[chunk] = _Assembly(bytearray(stop - start), dict.fromkeys(pieces))
         return pieces
 
-    def decode(self, piece: Piece, data: bytes) -> list[tuple[int, bytes]]:
+    def decode(self, piece: Piece, data: bytes) -> bytes:
+        return decode_cluster(self._header, data) if piece.is_compressed else data
+
+    def assemble(self, piece: Piece, presented: bytes) -> list[tuple[int, bytes]]:
         start, stop = piece.presented_start, piece.presented_stop
-        if piece.is_compressed:
-            data = decode_cluster(self._header, data)
         complete: list[tuple[int, bytes]] = []
         for chunk in chunks_of(start, stop):
             chunk_start, chunk_stop = chunk_range(chunk, self.size_bytes)
             if start <= chunk_start and chunk_stop <= stop:
                 self._assemblies.pop(chunk, None)
-                complete.append((chunk, data[chunk_start - start : chunk_stop - start]))
+                complete.append((chunk, presented[chunk_start - start : chunk_stop - start]))
                 continue
             assembly = self._assemblies.get(chunk)
             if assembly is None or piece not in assembly.missing:
                 continue
             part_start, part_stop = max(start, chunk_start), min(stop, chunk_stop)
-            part = data[part_start - start : part_stop - start]
+            part = presented[part_start - start : part_stop - start]
             assembly.data[part_start - chunk_start : part_stop - chunk_start] = part
             del assembly.missing[piece]
             if not assembly.missing:
@@ -98,8 +118,8 @@ class Qcow2View:
         return complete
 
     @property
-    def half_complete(self) -> list[int]:
-        return list(self._assemblies)
+    def half_complete(self) -> Collection[int]:
+        return self._assemblies.keys()
 
     def forget(self, chunk: int) -> None:
         self._assemblies.pop(chunk, None)
@@ -128,10 +148,3 @@ class Qcow2View:
         if following is not None and extent.source_start < following < extent.source_stop:
             return following
         return extent.source_stop
-
-    def _take_tables_in(self, head: bytes) -> None:
-        """Give the mapping those tables that lie in the source's first bytes, as far as it keeps them."""
-        stop = min(self.size_bytes, self._mapping.mappable_bytes_max)
-        for start, table_stop in self._mapping.missing_tables(0, stop):
-            if table_stop <= len(head):
-                self._mapping.give_table(start, head[start:table_stop])

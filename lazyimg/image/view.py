@@ -6,7 +6,7 @@ brought together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES, chunk_count, chunk_range
@@ -31,16 +31,25 @@ class View(Protocol):
         """
 
     def give_table(self, piece: Piece, data: bytes) -> None:
-        """Take a table that was missing.  Raises SourceDamaged."""
+        """Take a table that was missing."""
+
+    def tables_of(self, chunks: Sequence[int]) -> list[Piece]:
+        """Return the tables, of those that were given, which say where these chunks are."""
+
+    def forget_table(self, piece: Piece) -> None:
+        """Have a table given again."""
 
     def plan(self, chunk: int) -> list[Piece]:
         """Return the pieces that this chunk still needs; none for a chunk of zeros.  Raises SourceDamaged."""
 
-    def decode(self, piece: Piece, data: bytes) -> list[tuple[int, bytes]]:
-        """Return each chunk that is complete with this piece, and its presented bytes.  Raises SourceDamaged."""
+    def decode(self, piece: Piece, data: bytes) -> bytes:
+        """Return the presented bytes of a piece; pure, a thread may do it.  Raises SourceDamaged."""
+
+    def assemble(self, piece: Piece, presented: bytes) -> list[tuple[int, bytes]]:
+        """Take what `decode` returned; return each chunk that is complete with it, and its bytes."""
 
     @property
-    def half_complete(self) -> list[int]:
+    def half_complete(self) -> Collection[int]:
         """Chunks that some of their pieces were kept for."""
 
     def forget(self, chunk: int) -> None:
@@ -70,16 +79,25 @@ class StoredView:
     def give_table(self, piece: Piece, data: bytes) -> None:
         raise AssertionError("a stored view has no tables")
 
+    def tables_of(self, chunks: Sequence[int]) -> list[Piece]:
+        return []
+
+    def forget_table(self, piece: Piece) -> None:
+        raise AssertionError("a stored view has no tables")
+
     def plan(self, chunk: int) -> list[Piece]:
         start, stop = chunk_range(chunk, self._size_bytes)
         return [Piece(start, stop, start, stop)]
 
-    def decode(self, piece: Piece, data: bytes) -> list[tuple[int, bytes]]:
-        return [(piece.presented_start // CHUNK_SIZE_BYTES, data)]
+    def decode(self, piece: Piece, data: bytes) -> bytes:
+        return data
+
+    def assemble(self, piece: Piece, presented: bytes) -> list[tuple[int, bytes]]:
+        return [(piece.presented_start // CHUNK_SIZE_BYTES, presented)]
 
     @property
-    def half_complete(self) -> list[int]:
-        return []
+    def half_complete(self) -> Collection[int]:
+        return ()
 
     def forget(self, chunk: int) -> None:
         """A chunk of one piece is never half complete."""

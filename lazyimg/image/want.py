@@ -5,7 +5,9 @@ Guards I5: nobody waits without end for what is urgent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -51,6 +53,8 @@ class Wants:
         self._view = view
         self._read_timeout_s = read_timeout_s
         self._wants: dict[int | Piece, Want] = {}
+        # How many wants need a piece: of one that several chunks come from, others may wait when one is given up.
+        self._needs: Counter[Piece] = Counter()
         # Scopes of those who wait for what is urgent.
         self._readers: set[trio.CancelScope] = set()
         # What went wrong last, for whoever waits in vain.
@@ -71,6 +75,7 @@ class Wants:
         if want is None:
             pieces = self._view.plan(key) if isinstance(key, int) else [key]
             want = self._wants[key] = Want(pieces, urgent)
+            self._needs.update(pieces)
         want.is_urgent |= urgent
         want.waiters += 1
         return want
@@ -80,29 +85,38 @@ class Wants:
         for key, want in wants.items():
             want.waiters -= 1
             if not want.waiters and self._wants.get(key) is want:
-                self._drop(key, want)
+                self._drop(key)
 
-    async def outcomes(self, wants: Mapping[Key, Want], *, urgent: bool) -> dict[Key, bytes]:
-        """Wait for all of them.  Raises what any of them came to, ReadTimeout where they are urgent and late."""
+    async def outcomes(self, wants: Mapping[Key, Want]) -> dict[Key, bytes]:
+        """Wait for all of them.  Raises what any of them came to."""
         got: dict[Key, bytes] = {}
+        for key, want in wants.items():
+            await want.arrived.wait()
+            got[key] = want.outcome()
+        return got
+
+    @contextmanager
+    def limit(self, chunks: Sequence[int], *, urgent: bool) -> Iterator[None]:
+        """Let the block, which waits for these chunks and their tables, take `read_timeout` where that is urgent.
+
+        Raises ReadTimeout when it takes longer.
+        """
         limit_s = self._read_timeout_s if urgent else float("inf")
         scope = trio.CancelScope(deadline=trio.current_time() + limit_s)
         if urgent:
             self._readers.add(scope)
         try:
             with scope:
-                for key, want in wants.items():
-                    await want.arrived.wait()
-                    got[key] = want.outcome()
-                return got
+                yield
         finally:
             self._readers.discard(scope)
-        late = next(key for key in wants if key not in got)
-        what = f"chunk {late}" if isinstance(late, int) else f"its table at byte {late.start}"
-        raise ReadTimeout(
-            f"image {self._image_id}: {what} did not come within {self._read_timeout_s:g} s "
-            f"({self.last_error or 'no answer'}); the next read tries again"
-        )
+        if scope.cancelled_caught:
+            first, last = chunks[0], chunks[-1]
+            what = f"chunk {first}" if first == last else f"one of the chunks {first} to {last}"
+            raise ReadTimeout(
+                f"image {self._image_id}: {what} did not come within "
+                f"{self._read_timeout_s:g} s ({self.last_error or 'no answer'}); the next read tries again"
+            )
 
     def prolong(self) -> None:
         """A stream goes on: whoever waits may wait as long again."""
@@ -111,8 +125,8 @@ class Wants:
 
     def hand_over(self, key: int | Piece, data: bytes) -> None:
         """It has arrived: give it to those who wait, if anybody does."""
-        want = self._wants.pop(key, None)
-        if want is not None:
+        if key in self._wants:
+            want, _ = self._remove(key)
             want.data = data
             want.arrived.set()
 
@@ -123,7 +137,7 @@ class Wants:
             if want is not None:
                 want.error = error
                 want.arrived.set()
-                self._drop(key, want)
+                self._drop(key)
 
     def missing_pieces(self, *, urgent: bool) -> list[Piece]:
         """Return the pieces that wants of this urgency still need."""
@@ -135,8 +149,17 @@ class Wants:
                 missing += self._view.plan(key) if isinstance(key, int) and is_parted else want.pieces
         return missing
 
-    def _drop(self, key: int | Piece, want: Want) -> None:
-        del self._wants[key]
-        self._plan.abandon(want.pieces)
+    def _remove(self, key: int | Piece) -> tuple[Want, list[Piece]]:
+        """Return the want, and those of its pieces that no other one needs."""
+        want = self._wants.pop(key)
+        self._needs.subtract(want.pieces)
+        needless = [piece for piece in want.pieces if not self._needs[piece]]
+        for piece in needless:
+            del self._needs[piece]
+        return want, needless
+
+    def _drop(self, key: int | Piece) -> None:
+        want, needless = self._remove(key)
+        self._plan.abandon(needless)
         if isinstance(key, int) and not any(map(self._plan.is_pending, want.pieces)):
             self._view.forget(key)

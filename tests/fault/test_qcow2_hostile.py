@@ -143,7 +143,7 @@ def test_l1_entry_that_cannot_be_is_refused(entry: int) -> None:
     one = image()
     changed = with_field(one.source, one.l1_start, entry, 8)
     with pytest.raises(SourceDamaged, match="L1 table"):
-        SourceReader(changed)
+        SourceReader(changed).extents(0, 4096)
 
 
 BAD_ENTRIES = [0x3000 | 2, 0x3000 | 1 << 8, 0x3000 | 1 << 56, 0x3000 | 1 << 61, 0x3200, 0x2000, 1 << 40]

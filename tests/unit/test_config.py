@@ -46,6 +46,8 @@ KEYS: dict[str, tuple[str, str, Any, list[str], str]] = {
     "cache_read_threads": ("2", "2", 2, ["0", "257"], "than"),
     "cache_write_threads": ("2", "2", 2, ["0", "257"], "than"),
     "upper_threads": ("2", "2", 2, ["0", "257"], "than"),
+    "decode_threads": ("4", "4", 4, ["0", "257"], "than"),
+    "tables_memory_max": ('"1 MiB"', "1 MiB", 1 << 20, ['"x"', "1000"], "byte|than"),
     "write_buffer_max": ('"1 MiB"', "1 MiB", 1 << 20, ['"x"', "-1"], "byte|than"),
     "hydrate": ("false", "false", False, ["true"], "set it to false"),
     "graduate": ("false", "0", False, ["true"], "set it to false"),

@@ -1,7 +1,7 @@
 """Where the guest's bytes lie in the source, by the L1 table and the L2 tables given so far.
 
 Pure.  An entry is judged when a range asks for it, not when its table arrives: a table of 262,144 entries costs
-nothing until it is used, and one bad entry takes from the guest the cluster it maps and no other, as in qemu.
+nothing until it is used, and one bad entry takes from the guest what it maps and no more, as in qemu.
 
     L1 entry   63: refcount is 1 (ignored)   62…56: 0   55…9: L2 table's offset, 0: nothing there    8…0: 0
     L2 entry   63: refcount is 1 (ignored)   62: compressed   then, if not compressed (§ Cluster mapping),
@@ -18,15 +18,12 @@ import sys
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
-from functools import reduce
-from operator import or_
 from typing import NamedTuple
 
 from lazyimg.core.qcow2.header import L1_ENTRY_BYTES, SECTOR_BYTES, Header
 from lazyimg.errors import SourceDamaged
 
-# 16 MiB of tables map 128 GiB of the usual 64 KiB clusters.
-TABLES_BYTES_MAX = 16 << 20
+# Kept however little memory is given.
 _TABLES_MIN = 4
 
 _COMPRESSED = 1 << 62
@@ -74,7 +71,7 @@ class Mapping:
     Ranges of the guest end at `header.virtual_size_bytes` at most.
     """
 
-    def __init__(self, header: Header, tables_bytes_max: int = TABLES_BYTES_MAX) -> None:
+    def __init__(self, header: Header, tables_bytes_max: int) -> None:
         self._header = header
         self._l1: array[int] | None = None
         self._tables: OrderedDict[int, array[int]] = OrderedDict()
@@ -95,36 +92,33 @@ class Mapping:
         return self._header.l1_start, self._header.l1_stop
 
     def give_l1(self, data: bytes) -> None:
-        """Take the source's bytes in `l1_range`.
-
-        Raises SourceDamaged if any entry points outside the source, into the header or into the L1 table.  The
-        4 million entries that a header may claim at most take 2 s, those of a 1 TiB disk of 64 KiB clusters 1 ms.
-        """
+        """Take the source's bytes in `l1_range`, which has 4 million entries at most."""
         l1 = _words(data)
-        header, size_bytes = self._header, self._header.cluster_size_bytes
-        assert len(l1) == header.l1_entries, "not the L1 table"
-        if reduce(or_, l1, 0) & (_L1_RESERVED | (size_bytes - 1)):
-            raise _damaged("L1 table has reserved bits, or an L2 table that is not at a cluster's start")
-        # Whatever is not 0 lies behind the header now, which is in the first cluster.
-        table_starts = {entry & _OFFSET_MASK for entry in l1} - {0}
-        if max(table_starts, default=0) > header.source_size_bytes - size_bytes:
-            raise _damaged(f"L1 table places an L2 table at byte {max(table_starts)}, outside the source")
-        if not table_starts.isdisjoint(range(header.l1_start, header.l1_stop, size_bytes)):
-            raise _damaged("L1 table places an L2 table in itself")
+        assert len(l1) == self._header.l1_entries, "not the L1 table"
         self._l1 = l1
+
+    def forget_l1(self) -> None:
+        """Have the L1 table given again."""
+        self._l1 = None
 
     def missing_tables(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Return the source ranges of the L2 tables that `[start, stop)` needs and that were not given, or not kept.
 
-        For a range of at most `mappable_bytes_max`, `extents` can follow once these are given.
+        For a range of at most `mappable_bytes_max`, `extents` can follow once these are given.  Raises SourceDamaged
+        if the L1 table's entry for it points outside the source, into the header or into the L1 table.
         """
         missing = {}
-        for _, _, table_start in self._tables_of(start, stop):
+        for _, _, table_start in self._parts_of(start, stop):
             if table_start in self._tables:
                 self._tables.move_to_end(table_start)
             elif table_start:
                 missing[table_start] = table_start + self._header.cluster_size_bytes
         return list(missing.items())
+
+    def tables_of(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Return the source ranges of all L2 tables that `[start, stop)` needs.  Raises as `missing_tables` does."""
+        size_bytes = self._header.cluster_size_bytes
+        return [(at, at + size_bytes) for _, _, at in self._parts_of(start, stop) if at]
 
     def give_table(self, start: int, data: bytes) -> None:
         """Take an L2 table: the source's bytes in a range that `missing_tables` named."""
@@ -134,6 +128,10 @@ class Mapping:
         while len(self._tables) > self._tables_max:
             self._tables.popitem(last=False)
 
+    def forget_table(self, start: int) -> None:
+        """Have an L2 table given again."""
+        self._tables.pop(start, None)
+
     def extents(self, start: int, stop: int) -> list[Extent]:
         """Return what makes up the guest's `[start, stop)`, in order and without gaps; no table may be missing.
 
@@ -141,7 +139,7 @@ class Mapping:
         clusters.  Raises SourceDamaged if an entry of these clusters is not what the format allows.
         """
         found: list[Extent] = []
-        for part_start, part_stop, table_start in self._tables_of(start, stop):
+        for part_start, part_stop, table_start in self._parts_of(start, stop):
             if not table_start:
                 _append(found, Zero(part_start, part_stop))
                 continue
@@ -156,26 +154,36 @@ class Mapping:
         None if that cluster is not compressed.  Its table must not be missing.  The entry is not judged.
         """
         header = self._header
-        table_start = self._l1_entry(cluster_start) & _OFFSET_MASK
+        table_start = self._table_start(cluster_start // header.table_span_bytes)
         if not table_start:
             return None
         place = cluster_start % header.table_span_bytes // header.cluster_size_bytes
         entry = self._tables[table_start][place * (header.l2_entry_bytes // 8)]
         return entry & ((1 << self._sectors_shift) - 1) if entry & _COMPRESSED else None
 
-    def _l1_entry(self, start: int) -> int:
+    def _table_start(self, index: int) -> int:
+        """Return where an L2 table begins in the source, 0 where there is none."""
         assert self._l1 is not None, "the L1 table comes first"
-        return self._l1[start // self._header.table_span_bytes]
+        entry = self._l1[index]
+        header, size_bytes = self._header, self._header.cluster_size_bytes
+        if entry & (_L1_RESERVED | (size_bytes - 1)):
+            raise _damaged(f"L1 table has the entry {entry:#018x}")
+        # Whatever is not 0 lies behind the header now, which is in the first cluster.
+        start = entry & _OFFSET_MASK
+        if start > header.source_size_bytes - size_bytes:
+            raise _damaged(f"L1 table places an L2 table at byte {start} of {header.source_size_bytes}")
+        if start and self._overlaps_l1(start, start + size_bytes):
+            raise _damaged("L1 table places an L2 table in itself")
+        return start
 
-    def _tables_of(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    def _parts_of(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield each table's part of a guest range and the table's place in the source, 0 where there is none."""
-        assert self._l1 is not None, "the L1 table comes first"
         assert 0 <= start <= stop <= self._header.virtual_size_bytes
         if start == stop:
             return
         span = self._header.table_span_bytes
         for index in range(start // span, -(-stop // span)):
-            yield max(start, index * span), min(stop, (index + 1) * span), self._l1[index] & _OFFSET_MASK
+            yield max(start, index * span), min(stop, (index + 1) * span), self._table_start(index)
 
     def _extents_of_table(self, table: array[int], start: int, stop: int) -> Iterator[Extent]:
         size_bytes = self._header.cluster_size_bytes
