@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
-from mount_fixtures import _shared_glance, _watchdog, glance, mountable  # noqa: F401  (used by name)
+from mount_fixtures import _shared_glance, _watchdog, glance, make_glance, mountable  # noqa: F401  (used by name)
 from nova_host import NovaHost, nova_host
 from real_mount import Mount, mounts
 from served_glance import ServedGlance
@@ -47,13 +47,19 @@ def make_host(
     real_nova: None,
     glance: ServedGlance,  # noqa: F811
 ) -> Iterator[Callable[..., tuple[NovaHost, Mount]]]:
-    """Return `make_host(more_config="", start=True, **config)`: a hypervisor of the test's own, and its mount."""
+    """Return `make_host(more_config="", served=None, start=True, **config)`: a hypervisor of the test's own.
+
+    With its mount, which is started unless start is False.  served: a Glance of the test's own, for Nova too.
+    """
     with contextlib.ExitStack() as hosts, mounts() as made, _watchdog(made):
 
-        def make(more_config: str = "", **config: object) -> tuple[NovaHost, Mount]:
-            host = hosts.enter_context(nova_host(glance.url, more_config))
+        def make(
+            more_config: str = "", served: ServedGlance | None = None, **config: object
+        ) -> tuple[NovaHost, Mount]:
+            url = (served or glance).url
+            host = hosts.enter_context(nova_host(url, more_config))
             config = {"view": "raw", **config}
-            mount = made.make(host.instances, glance.url, cache_dir=host.folder / "cache", **config)  # type: ignore[arg-type]
+            mount = made.make(host.instances, url, cache_dir=host.folder / "cache", **config)  # type: ignore[arg-type]
             return host, mount
 
         yield make

@@ -6,11 +6,12 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from disks import assert_reads_as, made_as
+from acting_user import run_as
+from disks import assert_reads_as, made_as, qemu
 from nova_host import NOVA_GID, NOVA_UID, NovaHost
 from real_mount import Mount
 from served_glance import MIB, ServedGlance
@@ -144,3 +145,37 @@ def test_instance_without_an_image_costs_glance_nothing(host: NovaHost, glance: 
     host.nova.manage_image_cache()
     assert len(glance.requests()) == requests
     assert hashlib.sha1(b"").hexdigest() not in names(host)
+
+
+def test_pass_without_glance_is_quick_and_keeps_what_is_used(
+    make_host: Callable[..., tuple[NovaHost, Mount]], make_glance: Callable[..., ServedGlance], tmp_path: Path
+) -> None:
+    """While Glance is down the manager notes uses and removes what is old as ever, and guests read what is here."""
+    served = make_glance()
+    host, mount = make_host(served=served)
+    used, unused = (served.add(8 * MIB) for _ in range(2))
+    disk = host.spawn(used.id) / "disk"
+    host.nova.forget(uuid=host.spawn(unused.id).name)
+    mount.fetch_all(used)
+    for image in (used, unused):
+        age(mount.path_of(image))
+    served.stop()
+    started = time.monotonic()
+    host.nova.manage_image_cache()
+    assert time.monotonic() - started < 20
+    assert names(host) & {used.base_name, unused.base_name} == {used.base_name}
+    assert host.nova.image_info(path=str(disk))["backing"] == str(mount.path_of(used))
+    (tmp_path / "used").write_bytes(used.content)
+    assert "identical" in qemu("qemu-img", "compare", "-f", "qcow2", "-F", "raw", disk, tmp_path / "used")
+
+
+def test_only_who_may_notes_a_use(host: NovaHost, mount: Mount, glance: ServedGlance) -> None:
+    """utime of a base by a user who is neither its owner nor root is refused, as in a plain folder."""
+    image = glance.add(8 * MIB)
+    base = mount.path_of(image)
+    before = base.stat().st_mtime_ns
+    program = f"result = attempt(os.utime, {str(base)!r}, (1, 1)), attempt(os.unlink, {str(base)!r})"
+    assert run_as(host.folder, program, uid=NOVA_UID - 1, gid=NOVA_GID - 1) == ["EPERM", "EACCES"]
+    assert base.stat().st_mtime_ns == before
+    assert run_as(host.folder, f"result = attempt(os.utime, {str(base)!r}, (1, 1))") is None
+    assert base.stat().st_mtime == 1
