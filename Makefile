@@ -21,7 +21,8 @@ APT_PACKAGES_BENCH := nginx libnginx-mod-http-lua nbdkit python3-libnbd qemu-blo
 	iproute2 mmdebstrap
 
 LAZYIMG := $(VENV)/bin/lazyimg
-PYTEST := $(VENV)/bin/pytest
+# A shell's background job, or nohup, hands down SIGINT or SIGHUP as ignored; tests that send them would wait for ever.
+PYTEST := env --default-signal $(VENV)/bin/pytest
 PYTHON_FOLDERS := lazyimg tests benchmarks
 SOURCES := $(shell find lazyimg -name '*.py')
 
