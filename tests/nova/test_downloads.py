@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from disks import assert_reads_as, info, made_as, qemu
 from nova_host import NOVA_GID, NOVA_UID, NovaFailed, NovaHost
-from real_mount import Mount
+from real_mount import Mount, wait_until
 from served_glance import MIB, ServedGlance, ServedImage
+
+from lazyimg.demo.faults import FaultRule
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +94,25 @@ def test_fetched_to_a_lazy_name_the_real_file_wins(
     requests = len(glance.data_requests(image))
     assert_reads_as(host.spawn(image.id) / "disk", "qcow2", 9, 8 * MIB)
     assert len(glance.data_requests(image)) == requests
+
+
+def test_name_that_cannot_be_decided_fails_a_spawn_and_no_later_one(
+    host: NovaHost, glance: ServedGlance, tmp_path: Path
+) -> None:
+    """Glance lists no images: Nova takes EAGAIN for absent and downloads, but its file may not take the name yet."""
+    image = glance.add(made_as(tmp_path, "qcow2", 18, 8 * MIB), disk_format="qcow2")
+    # Nova itself never lists.
+    glance.fail(FaultRule("reset", kind="list"))
+    with pytest.raises(NovaFailed) as failure:
+        host.spawn(image.id)
+    assert failure.value.kind == "BlockingIOError"
+    assert whole_downloads(glance, image) == 1
+    assert names_of(host, image) == set()
+    glance.fail()
+    base = host.base / image.base_name
+    wait_until(base.exists, "the image, decided at last")
+    assert_reads_as(host.spawn(image.id) / "disk", "qcow2", 18, 8 * MIB)
+    assert whole_downloads(glance, image) == 1
 
 
 def test_kernel_can_be_downloaded_too(host: NovaHost, glance: ServedGlance) -> None:
