@@ -187,7 +187,7 @@ class EmbeddedGlance:
 
     async def _schema(self, _: Request) -> Response:
         """What python-glanceclient, and Nova through it, tells an image's properties from its fields by."""
-        fields = {name: {} for name in BASE_FIELDS}
+        fields: dict[str, dict[str, str]] = {name: {} for name in BASE_FIELDS}
         more = {"type": "string"}
         return JSONResponse({"name": "image", "properties": fields, "additionalProperties": more})
 
