@@ -55,7 +55,9 @@ def mount(mountpoint: Path, *, allow_other: bool) -> int:
         )
         theirs.close()
         if result.returncode != 0:
-            raise MountFailed(f"mountpoint {mountpoint}: {_said(result)}; run `lazyimg doctor` or as root")
+            raise MountFailed(
+                f"mountpoint {mountpoint}: {_said(result)}; check that /dev/fuse is there, or run as root"
+            )
         fds = array.array("i")
         _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(fds.itemsize))
         for level, kind, data in ancillary:
