@@ -127,7 +127,7 @@ class Nova:
         environ |= {name: value for name, value in os.environ.items() if name.startswith("PYTEST_SESSION")}
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [VENV / "bin" / "python", HERE / "driver.py", "--config-file", folder / "nova.conf"],
+                [VENV / "bin" / "python", folder / "bin" / "driver.py", "--config-file", folder / "nova.conf"],
                 env=environ, cwd="/", user=NOVA_UID, group=NOVA_GID, extra_groups=[],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
@@ -181,8 +181,11 @@ class NovaHost:
         (folder / "nova.conf").write_text(config)
         (folder / "rootwrap.conf").write_text(ROOTWRAP_CONFIG.format(**where))
         (folder / "rootwrap.d" / "compute.filters").write_text(ROOTWRAP_FILTER.format(**where))
+        # Copies, for Nova's user may not be able to come to where the tests are.
+        for name in ("driver.py", "sudo.py"):
+            shutil.copyfile(HERE / name, folder / "bin" / name)
         sudo = folder / "bin" / "sudo"
-        sudo.write_text(f'#!/bin/sh\nexec {VENV}/bin/python -IS {HERE}/sudo.py {folder}/root "$@"\n')
+        sudo.write_text(f'#!/bin/sh\nexec {VENV}/bin/python -IS {folder}/bin/sudo.py {folder}/root "$@"\n')
         sudo.chmod(0o755)
         self.root = RootCommands(folder / "root", folder / "root.log")
 

@@ -7,13 +7,24 @@ index it says so and ends well: the tests then skip and name what is missing.
 from __future__ import annotations
 
 import fcntl
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 # testtools and wsgi-intercept: nova's own stand-in for libvirt, which it ships, is made with them.
 VERSIONS = ("nova==34.0.0", "testtools", "wsgi-intercept")
-FOLDER = Path(__file__).resolve().parents[2] / ".cache" / "real-nova"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _is_reachable(path: Path) -> bool:
+    """True if every user may pass through the folder and all above it."""
+    return all(folder.stat().st_mode & stat.S_IXOTH for folder in (path, *path.parents))
+
+
+# In the checkout, if Nova's user can come there; a folder of root's alone, such as mkdtemp makes, it cannot enter.
+FOLDER = ROOT / ".cache" / "real-nova" if _is_reachable(ROOT) else Path("/var/tmp/lazyimg-real-nova")
 VENV = FOLDER / "venv"
 # The system's: Nova runs as a user who need not be able to reach the Python that runs the tests.
 PYTHON = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else sys.executable
@@ -28,7 +39,9 @@ def is_ready() -> bool:
 
 def set_up() -> None:
     """Install what is missing; several processes may call this at a time."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if FOLDER.stat(follow_symlinks=False).st_uid != os.geteuid():
+        raise PermissionError(f"{FOLDER} belongs to another user; remove it")
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if is_ready():
