@@ -123,8 +123,8 @@ class Fetcher:
         self._has_reader |= not for_lookup
         with self._wants.limit(chunks, urgent=urgent):
             while True:
-                await self._need_tables(chunks, urgent=urgent)
                 try:
+                    await self._need_tables(chunks, urgent=urgent)
                     return await self._fetch_mapped(chunks, ahead, urgent=urgent)
                 except SourceDamaged:
                     if not self._doubt_tables(chunks):
