@@ -63,7 +63,7 @@ def judge(head: bytes, record: ImageRecord, view: str) -> Verdict:
     head: the source's first `min(size, HEAD_SIZE_BYTES)` bytes; more is not looked at.
     Raises ImageRefused, and nothing else, naming the image, the reason and the next step.
     """
-    disk_format, size_bytes = _judge_record(record)
+    disk_format, size_bytes = judge_record(record)
     needed_bytes = min(size_bytes, HEAD_SIZE_BYTES)
     if len(head) < needed_bytes:
         raise _refused(record, f"only {len(head)} of its first {needed_bytes} bytes are known", "try again")
@@ -106,8 +106,11 @@ def _refused(record: ImageRecord, reason: str, next_step: str) -> ImageRefused:
     return ImageRefused(f"image {record.id}: {reason}; {next_step}")
 
 
-def _judge_record(record: ImageRecord) -> tuple[str, int]:
-    """Return disk_format and size of a record that may be presented, as far as the record alone tells."""
+def judge_record(record: ImageRecord) -> tuple[str, int]:
+    """Return disk_format and size of a record that may be presented, as far as the record alone tells.
+
+    Raises ImageRefused.
+    """
     disk_format, size_bytes = record.disk_format, record.size_bytes
     if disk_format is None or size_bytes is None:
         raise _refused(

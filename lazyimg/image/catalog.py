@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 import trio
 
-from lazyimg.core.header import HEAD_SIZE_BYTES, Verdict, as_raw, is_decoded, judge
+from lazyimg.core.header import HEAD_SIZE_BYTES, Verdict, as_raw, is_decoded, judge, judge_record
 from lazyimg.core.identity import BASE_NAME_OF_NOTHING, ImageRecord, base_name, is_image_id
 from lazyimg.errors import GlanceUnavailable, ImageForbidden, ImageNotFound, ImageRefused, LazyImgError
 from lazyimg.image.decisions import Decisions, Refusals
@@ -307,30 +307,34 @@ class Catalog:
             if record.status != "active" or record.size_bytes is None:
                 reason = f"image {record.id}: its status is {record.status}; it must be active"
                 raise self._refusals.note(record, ImageRefused(reason))
-            return await self._judged(record, record.size_bytes)
+            return await self._judged(record)
 
-    async def _judged(self, record: ImageRecord, size_bytes: int) -> LazyImage:
-        """Fetch the first bytes of an image, judge them, and publish it or leave nothing of it."""
-        head = None
+    async def _judged(self, record: ImageRecord) -> LazyImage:
+        """Judge an image by its record and first bytes, and publish it or leave nothing of it."""
         try:
-            if is_decoded(record, self._view):
-                head = await self._maker.read_head(record)
-                size_bytes = judge(head, record, self._view).virtual_size_bytes
-                # What a guest wrote into its disk must not be taken for a format either.
-                record_judged = as_raw(record, size_bytes)
-            else:
-                record_judged = record
-            return await self._first_bytes_judged(record, size_bytes, record_judged, head)
+            judge_record(record)
+            try:
+                return await self._first_bytes_judged(record)
+            except ImageForbidden:
+                raise
+            except ImageRefused as exc:
+                # What came may have been a lie of the network; one must not hide an image for good.
+                logger.info("asking again for what was refused: %s", exc)
+                return await self._first_bytes_judged(record)
         except ImageForbidden:
             # Says nothing of its content; these credentials may be given the right to read it.
             raise
         except ImageRefused as exc:
             raise self._refusals.note(record, exc) from exc
 
-    async def _first_bytes_judged(
-        self, record: ImageRecord, size_bytes: int, record_judged: ImageRecord, head: bytes | None
-    ) -> LazyImage:
+    async def _first_bytes_judged(self, record: ImageRecord) -> LazyImage:
         """Have the first presented bytes here, so that inspection is served locally, and publish the image."""
+        record_judged, head, size_bytes = record, None, record.size_bytes or 0
+        if is_decoded(record, self._view):
+            head = await self._maker.read_head(record)
+            size_bytes = judge(head, record, self._view).virtual_size_bytes
+            # What a guest wrote into its disk must not be taken for a format either.
+            record_judged = as_raw(record, size_bytes)
         entry = ImageEntry(record, self._view, size_bytes, last_used_s=time.time(), state=JUDGING)
         await self._in_thread(self._cache.index.put, entry)
         try:

@@ -246,22 +246,40 @@ async def test_bug_in_a_decision_decides_nothing(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"disk_format": "vmdk"}, {"disk_format": "qcow2"}, {"container_format": "ova"}]
+    ("changes", "requests"),
+    [({"disk_format": "vmdk"}, 0), ({"disk_format": "qcow2"}, 2), ({"container_format": "ova"}, 0)],
 )
 async def test_refused_image_has_no_name(
-    rig: ImageRig, catalog: Catalog, mock_clock: MockClock, changes: dict[str, object]
+    rig: ImageRig, catalog: Catalog, mock_clock: MockClock, changes: dict[str, object], requests: int
 ) -> None:
-    """[I8] A format that cannot be shown, or content that is not its label's, is judged once and leaves nothing."""
+    """[I8] A format that cannot be shown costs no bytes, content that is not its label's is fetched twice before that
+    is believed; either is judged once and leaves nothing."""
     record = rig.glance.add(1, SIZE_BYTES, **changes)
     for _ in range(3):
         assert await catalog.lookup(record.base_name) is None
         mock_clock.jump(2.1)
     with pytest.raises(ImageRefused, match=record.id):
         await catalog.find(record.id)
-    assert len(rig.glance.ranges) == 1
+    assert len(rig.glance.ranges) == requests
     assert [one.id for one, reason in catalog.refusals() if reason] == [record.id]
     assert rig.cache.index.entries() == []
     assert list((rig.cache.path / "chunks").iterdir()) == []
+
+
+async def test_one_lie_hides_no_image(rig: ImageRig, catalog: Catalog) -> None:
+    """[I8] First bytes that came wrong once are fetched again before they are believed."""
+    record = rig.glance.add(1, SIZE_BYTES)
+    honest = rig.glance.contents[record.id]
+
+    def lie_once(start: int, stop: int) -> bytes:
+        rig.glance.contents[record.id] = honest
+        return b"QFI\xfb".ljust(stop - start, b"\0")
+
+    rig.glance.contents[record.id] = lie_once
+    found = await catalog.lookup(record.base_name)
+    assert found is not None
+    assert await found.read(0, 100) == content(1, 0, 100)
+    assert catalog.refusals() == []
 
 
 async def test_refusal_by_several_ways_at_once(
@@ -288,8 +306,8 @@ async def test_refusal_by_several_ways_at_once(
         assert task.result is None
     assert (by_hash.error, by_id.error) == (None, None)
     assert isinstance(by_people.error, ImageRefused)
-    assert judged == ["judging"]
-    assert len(rig.glance.ranges) == 1
+    assert judged == ["judging", "judging"]
+    assert len(rig.glance.ranges) == 2
     assert list((rig.cache.path / "chunks").iterdir()) == []
 
 
