@@ -50,6 +50,21 @@ def mounted(_shared_mount: tuple[Mounts, Mount], glance: ServedGlance) -> Iterat
         yield _shared_mount[1]
 
 
+@pytest.fixture(scope="session")
+def _shared_raw_mount(
+    _shared_glance: ServedGlance, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Mounts, Mount]]:
+    with mounts() as made:
+        yield made, made.make(tmp_path_factory.mktemp("raw"), _shared_glance.url, view="raw")
+
+
+@pytest.fixture
+def raw_mount(_shared_raw_mount: tuple[Mounts, Mount], glance: ServedGlance) -> Iterator[Mount]:
+    """As `mounted`, in the raw view."""
+    with _watchdog(_shared_raw_mount[0]):
+        yield _shared_raw_mount[1]
+
+
 @pytest.fixture
 def make_mount(mountable: None, tmp_path: Path) -> Iterator[Callable[..., Mount]]:
     """Return `make_mount(glance, name="m", start=True, cache_dir=None, **config)`: a mount of the test's own."""

@@ -126,9 +126,9 @@ class Fetcher:
                 try:
                     await self._need_tables(chunks, urgent=urgent)
                     return await self._fetch_mapped(chunks, ahead, urgent=urgent)
-                except SourceDamaged:
+                except SourceDamaged as exc:
                     if not self._doubt_tables(chunks):
-                        raise
+                        raise SourceDamaged(f"image {self._image_id}: {exc}") from exc
         raise AssertionError("unreachable: the limit raises")
 
     async def wait_written(self) -> None:
