@@ -57,6 +57,13 @@ def read_init(fuse_fd: int) -> bytes:
     return request
 
 
+def is_gone(fuse_fd: int) -> bool:
+    """True once nothing is mounted on this connection any more: the kernel has ended it."""
+    poll = select.poll()
+    poll.register(fuse_fd, 0)
+    return bool(poll.poll(0))
+
+
 def libfuse_answer(init_request: bytes) -> bytes:
     """Return what this machine's libfuse answers to `init_request`, from a throwaway child.
 

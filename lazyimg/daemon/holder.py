@@ -110,16 +110,24 @@ class _Holder:
                 status = self._run_daemon(signals, is_resumed=was_ever_ready)
                 was_ever_ready |= self._is_ready
                 code = os.waitstatus_to_exitcode(status)
-                if code == 0 or not was_ever_ready:
+                if code == 0 or not was_ever_ready or handshake.is_gone(self._fds["fuse"]):
                     return code if code >= 0 else 128 - code
                 if self._is_ready:
                     pause_s = 0.0
                 logger.error(
                     "daemon %d ended with %d; starting another in %.1f s", self._child, code, pause_s
                 )
-                # A signal that arrives in the pause ends it; the next daemon is told, or nobody is left.
-                select.select([signals], [], [], pause_s)
+                if select.select([signals], [], [], pause_s)[0] and not self._is_ready:
+                    # Daemons that do not even start cannot be asked to unmount.
+                    signals.recv(64)
+                    self._unmount()
                 pause_s = min(max(RESTART_PAUSE_MIN_S, pause_s * 2), RESTART_PAUSE_MAX_S)
+
+    def _unmount(self) -> None:
+        try:
+            mountpoint.umount(self._where)
+        except LazyImgError as exc:
+            logger.error("%s", exc)
 
     def _run_daemon(self, signals: socket.socket, *, is_resumed: bool) -> int:
         """Start a daemon, pass signals and notifications on, and return its wait status."""

@@ -202,3 +202,16 @@ def test_upper_file_opened_before_is_read_after(
         assert os.pread(file.fileno(), 1000, 0) == content[:1000]
         new_daemon(mount, mount.kill_daemon())
         assert os.pread(file.fileno(), 300_000, 1000) == content[1000:]
+
+
+def test_holder_whose_daemons_cannot_start_any_more_can_be_stopped(
+    make_mount: Callable[..., Mount], glance: ServedGlance
+) -> None:
+    """SIGTERM unmounts also while no daemon comes up, and the holder ends instead of trying for ever."""
+    mount = make_mount(glance)
+    (mount.cache_dir / "version").write_text("of another world\n")
+    mount.kill_daemon()
+    wait_until(lambda: "starting another in 0.2 s" in mount.log(), "daemons that fail again and again")
+    os.kill(mount.holder_pid, signal.SIGTERM)
+    mount.wait_ended()
+    assert not is_mounted(mount.path)
