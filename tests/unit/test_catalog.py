@@ -110,35 +110,6 @@ async def test_known_name_never_asks_glance(rig: ImageRig, catalog: Catalog) -> 
     assert (rig.glance.image_calls, rig.glance.list_calls) == ([], 1)
 
 
-async def test_known_name_that_cannot_be_opened_in_time_hangs_nobody(
-    rig: ImageRig,
-    catalog: Catalog,
-    nursery: trio.Nursery,
-    mock_clock: MockClock,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """[I6] A published image whose header must be fetched again is undecided after `lookup_timeout`, and then found."""
-    record = rig.glance.add(1, SIZE_BYTES)
-    await found(catalog, record.base_name)
-    rig.cache.close_image(record.key("stored"))
-    waits = trio.Event()
-
-    async def hang(*_args: object) -> LazyImage:
-        waits.set()
-        await trio.sleep_forever()
-        raise AssertionError("unreachable")
-
-    successor = rig.catalog()
-    with monkeypatch.context() as patch:
-        patch.setattr(rig, "make", hang)
-        task = Task(nursery, lambda: successor.lookup(record.base_name))
-        await waits.wait()
-        mock_clock.jump(2.1)
-        await task.ended.wait()
-    assert isinstance(task.error, LookupUndecided)
-    assert await found(successor, record.base_name)
-
-
 async def test_name_that_is_not_listed_asks_again(rig: ImageRig, catalog: Catalog) -> None:
     """An image uploaded a moment ago is found at once, however fresh the list of images is."""
     first = rig.glance.add(1, SIZE_BYTES)
