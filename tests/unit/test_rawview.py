@@ -273,7 +273,8 @@ async def test_head_that_is_lost_is_fetched(rig: ImageRig) -> None:
     await wait_until(lambda: opened.fetcher.is_idle)
     del rig.glance.ranges[:]
     await open_again(rig, record)
-    assert rig.glance.ranges == []
+    # What the read before wanted ahead may still come.
+    assert (0, len(one.source)) not in rig.glance.ranges
 
 
 async def test_store_without_ranges_is_refused(rig: ImageRig) -> None:
