@@ -70,7 +70,7 @@ class Config(BaseModel):
     control_mode: str = "0600"
 
     # ── how images are shown ──
-    view: Literal["raw", "stored"] = "stored"
+    view: Literal["raw", "stored"] = "raw"
     allow_other: bool = True
     # What images show for owner (user or user:group, none: the upper folder's) and for permissions, in octal.
     image_owner: Annotated[str | None, Field(pattern=r"^[^:\s]+(:[^:\s]+)?$")] = None

@@ -18,7 +18,14 @@ import trio
 
 from lazyimg.core.header import HEAD_SIZE_BYTES, Verdict, as_raw, is_decoded, judge, judge_record
 from lazyimg.core.identity import BASE_NAME_OF_NOTHING, ImageRecord, base_name, is_image_id
-from lazyimg.errors import GlanceUnavailable, ImageForbidden, ImageNotFound, ImageRefused, LazyImgError
+from lazyimg.errors import (
+    GlanceUnavailable,
+    ImageForbidden,
+    ImageNotFound,
+    ImageRefused,
+    LazyImgError,
+    LookupUndecided,
+)
 from lazyimg.image.decisions import Decisions, Refusals
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.listing import GlanceListing, Listing
@@ -61,6 +68,7 @@ class Catalog:
         self._nursery = nursery
         self._limiter = limiter
         self._view = view
+        self._lookup_timeout_s = lookup_timeout_s
         # Published: key by name.
         self._keys: dict[str, str] = {}
         self._keys_by_inode: dict[int, str] = {}
@@ -91,9 +99,12 @@ class Catalog:
         if name == BASE_NAME_OF_NOTHING:
             return None
         key = self._keys.get(base_name(name) if is_image_id(name) else name)
-        if key is not None:
+        if key is None:
+            return await self._decisions.wait(name)
+        # Opening one asks nobody, unless its header is lost from the cache: a folder's lock is held meanwhile.
+        with trio.move_on_after(self._lookup_timeout_s):
             return await self.image_of(key)
-        return await self._decisions.wait(name)
+        raise LookupUndecided(f"{name}: not opened yet; look it up again")
 
     async def find(self, image: str) -> LazyImage:
         """Return the image with this id, or with this name if only one has it.

@@ -64,8 +64,11 @@ def test_overlay_on_raw_reads_as_the_image(mounted: Mount, glance: ServedGlance,
     assert "identical" in qemu("qemu-img", "compare", "-f", "qcow2", "-F", "raw", disk, original)
 
 
-def test_overlay_on_qcow2_reads_as_the_image(mounted: Mount, glance: ServedGlance, tmp_path: Path) -> None:
+def test_overlay_on_qcow2_reads_as_the_image(
+    make_mount: Callable[..., Mount], glance: ServedGlance, tmp_path: Path
+) -> None:
     """[I8] A base shown as qcow2 is named so, its cluster size taken over, and its content that of the image."""
+    mounted = make_mount(glance, view="stored")
     content = random.Random(5).randbytes(6 * MIB)
     image = glance.add(qcow2_of(content, tmp_path / "made", "-o", "cluster_size=16k"), "qcow2")
     disk, original = tmp_path / "disk", tmp_path / "original"

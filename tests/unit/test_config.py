@@ -30,7 +30,7 @@ KEYS: dict[str, tuple[str, str, Any, list[str], str]] = {
     "control": ('"/s"', "/s", Path("/s"), ["[]"], "path"),
     "control_group": ('"nova"', "nova", "nova", ["5"], "string"),
     "control_mode": ('"0660"', "0660", "0660", ['"0x"', '"888"', '"17777"', '"-1"', "432"], "octal|string"),
-    "view": ('"raw"', "raw", "raw", ['"decoded"', '""'], "stored"),
+    "view": ('"stored"', "stored", "stored", ['"decoded"', '""'], "raw"),
     "allow_other": ("false", "false", False, ['"perhaps"', "2"], "boolean"),
     "image_owner": ('"nova:kvm"', "nova:kvm", "nova:kvm", ["5", '""', '"a:b:c"', '":x"'], "string|pattern"),
     "image_mode": ('"0444"', "0444", "0444", ['"0x"', '"888"', "444"], "octal|string"),
