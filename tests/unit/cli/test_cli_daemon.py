@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from scripted_daemon import Outcome
 
-from lazyimg import cli
+from lazyimg.cli import mount as cli_mount
 from lazyimg.config import Config
 
 # ── what runs the daemon and the demo ──
@@ -45,7 +45,7 @@ def test_mount_gets_config_and_gives_its_exit_code(
         return 6
 
     stand_in("lazyimg.daemon.holder", "run_mount", run_mount)
-    monkeypatch.setattr(cli, "set_up_logging", lambda config: None)
+    monkeypatch.setattr(cli_mount, "set_up_logging", lambda config: None)
     file = tmp_path / "f.toml"
     file.write_text('read_timeout = 7\ncache_dir = "/from/file"\ncloud = "c"\n')
     flags = ["--endpoint", "http://a", "--endpoint", "http://b", "--cache-dir", tmp_path / "d"]
@@ -85,8 +85,8 @@ def test_demo_gives_its_exit_code(run: Callable[..., Outcome], stand_in: Callabl
 def test_log_lines_have_a_time_unless_the_journal_adds_it(is_journal: bool, pattern: str) -> None:
     """Under systemd the journal has the time already."""
     script = (
-        "import logging; from lazyimg import cli; from lazyimg.config import Config\n"
-        "cli.set_up_logging(Config(log_level='WARNING')); log = logging.getLogger('m')\n"
+        "import logging; from lazyimg.cli.mount import set_up_logging; from lazyimg.config import Config\n"
+        "set_up_logging(Config(log_level='WARNING')); log = logging.getLogger('m')\n"
         "log.info('no'); log.warning('x')"
     )
     environment = {**os.environ, "JOURNAL_STREAM": "8:1"}

@@ -226,9 +226,9 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from scripted_mount import ScriptedClient
-from lazyimg import cli
+from lazyimg.cli.app import exit_on_signals
 from lazyimg.overlay import base, create_instance
-cli._exit_on_signals()
+exit_on_signals()
 client = ScriptedClient(Path(sys.argv[2]))
 facts = client.add(b"x" * 1000, "raw")
 def stall(path):

@@ -1,0 +1,81 @@
+"""The commands that run something: the mount, its end, and the demo."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lazyimg.cli.app import EXIT_CODES, ControlFlag, app
+
+if TYPE_CHECKING:
+    from lazyimg.config import Config
+
+
+@app.command(epilog=EXIT_CODES)
+def mount(
+    mountpoint: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder to mount on, such as Nova's _base.")
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="F", envvar="LAZYIMG_CONFIG", help="TOML file [default: /etc/lazyimg/lazyimg.toml]."
+        ),
+    ] = None,
+    endpoint: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="Glance without authentication; may be repeated.")
+    ] = None,
+    cloud: Annotated[
+        str | None, typer.Option(metavar="NAME", help='Name in clouds.yaml, or "envvars" for OS_*.')
+    ] = None,
+    cache_dir: Annotated[Path | None, typer.Option(metavar="D", help="Where fetched bytes are kept.")] = None,
+    control: ControlFlag = None,
+) -> None:
+    """Show Glance's images under DIR, in the foreground; SIGTERM unmounts."""
+    from lazyimg.config import load_config
+
+    flags = {
+        "endpoint": tuple(endpoint) if endpoint else None,
+        "cloud": cloud,
+        "cache_dir": cache_dir,
+        "control": control,
+    }
+    settings = load_config(config, flags)
+    set_up_logging(settings)
+    from lazyimg.daemon.holder import run_mount
+
+    sys.exit(run_mount(settings, mountpoint))
+
+
+@app.command(epilog=EXIT_CODES)
+def umount(
+    mountpoint: Annotated[Path, typer.Argument(metavar="DIR", help="The mount.")],
+    lazy: Annotated[bool, typer.Option("--lazy", help="Detach it even if it is busy.")] = False,
+) -> None:
+    """Unmount DIR; refused while it is busy, naming the processes that hold it."""
+    from lazyimg.daemon.mountpoint import umount as unmount
+
+    unmount(mountpoint, lazy=lazy)
+
+
+def set_up_logging(config: Config) -> None:
+    """Log to standard error at the configured level; under systemd the journal adds the time itself."""
+    when = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
+    logging.basicConfig(
+        level=config.log_level, stream=sys.stderr, format=f"{when}%(levelname)s %(name)s: %(message)s"
+    )
+
+
+@app.command(epilog=EXIT_CODES)
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the files for a look.")] = False,
+) -> None:
+    """Boot a small guest from an image nobody has downloaded, with a Glance of its own."""
+    from lazyimg.demo.run import run_demo
+
+    sys.exit(run_demo(keep=keep))
