@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from faulty_disk import FaultyDisk
 from real_mount import Mount, Mounts, mounts
 from served_glance import ServedGlance
 
@@ -89,6 +90,17 @@ def make_glance(mountable: None, tmp_path: Path) -> Iterator[Callable[..., Serve
     yield make
     for one in made:
         one.stop()
+
+
+@pytest.fixture
+def faulty_disk(mountable: None, tmp_path: Path) -> Iterator[FaultyDisk]:
+    """A mounted disk, healthy until it is told to fail, for the cache folder of the test's mounts.
+
+    A test that asks for it together with `make_mount` names `faulty_disk` first: mounts must end before their disk.
+    """
+    disk = FaultyDisk(tmp_path / "faulty")
+    yield disk
+    disk.end()
 
 
 class _watchdog:

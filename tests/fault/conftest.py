@@ -3,6 +3,7 @@
 from mount_fixtures import (  # noqa: F401  (used by name)
     _shared_glance,
     _shared_mount,
+    faulty_disk,
     glance,
     make_glance,
     make_mount,
