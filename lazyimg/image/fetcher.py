@@ -95,7 +95,9 @@ class Fetcher:
 
     @property
     def is_idle(self) -> bool:
-        return not self._flights and not self._wants and self._writer.is_idle
+        # A flight that is about to start is known by its pieces only, or by its being a stream.
+        is_flying = self._flights or self._plan.in_flight_count or self._is_streaming
+        return not is_flying and not self._wants and self._writer.is_idle
 
     def statistics(self) -> FetchStatistics:
         """Return a snapshot of the counters."""
@@ -279,11 +281,12 @@ class Fetcher:
             async with self._glance.open_range(self._image_id, start, stop, size_bytes=size_bytes) as body:
                 cutter = Cutter(request.pieces)
                 async for data in body:
-                    for piece, whole in cutter.feed(data):
-                        # From here the piece is the writer's, also when the write fails or is cancelled.
-                        arrived += 1
+                    pieces = list(cutter.feed(data))
+                    if pieces:
+                        # From here they are the writer's, also when the write fails or is cancelled.
+                        arrived += len(pieces)
                         self._backoff.succeeded()
-                        await self._arrived(piece, whole)
+                        await self._arrived(pieces)
             if arrived < len(request.pieces):
                 raise GlanceUnavailable(f"image {self._image_id}: a body ended early without an error")
             self._ranges_proven = True
@@ -303,10 +306,11 @@ class Fetcher:
             await self._after_failure(error)
         self._pump()
 
-    async def _arrived(self, piece: Piece, data: bytes) -> None:
-        self._fetched_bytes += len(data)
-        if not await self._arrivals.take(piece, data):
-            self._want_again([piece])
+    async def _arrived(self, pieces: Sequence[tuple[Piece, bytes]]) -> None:
+        self._fetched_bytes += sum(len(data) for _, data in pieces)
+        doubted = await self._arrivals.take(pieces)
+        if doubted:
+            self._want_again(doubted)
 
     def _want_again(self, pieces: Sequence[Piece]) -> None:
         """Want again, of the pieces that a flight lost, what somebody waits for."""
@@ -332,8 +336,7 @@ class Fetcher:
                 received_bytes = 0
                 async for data in body:
                     received_bytes += len(data)
-                    for piece, whole in cutter.feed(data):
-                        await self._arrived(piece, whole)
+                    await self._arrived(list(cutter.feed(data)))
                     # To come again as far as before is no progress: a stream that always breaks at one place
                     # must not keep those behind it waiting for ever.
                     if received_bytes > self._streamed_bytes_max:

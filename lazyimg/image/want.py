@@ -69,6 +69,11 @@ class Wants:
     def __contains__(self, key: object) -> bool:
         return key in self._wants
 
+    def is_urgent(self, key: int | Piece) -> bool:
+        """True if a reader waits for it."""
+        want = self._wants.get(key)
+        return want is not None and want.is_urgent
+
     def join(self, key: int | Piece, *, urgent: bool) -> Want:
         """Wait, from now on, for a chunk or table; `leave` is the reverse.  Raises SourceDamaged."""
         want = self._wants.get(key)

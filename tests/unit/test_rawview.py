@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import image_fakes
 import pytest
 import trio
 from image_fakes import ImageRig, Reader
@@ -13,9 +15,12 @@ from rawview_rig import add_qcow2, broken, held, lie, open_again, open_raw, raw_
 from trio.testing import wait_all_tasks_blocked
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES as CHUNK
+from lazyimg.core.fetchplan import Piece
 from lazyimg.core.qcow2 import parse_header
 from lazyimg.errors import GlanceUnavailable, ImageRefused, RangesNotSupported, SourceDamaged
+from lazyimg.image import arrivals
 from lazyimg.image.rawview import Qcow2View
+from lazyimg.image.view import View
 from lazyimg.store.cachedir import CacheDir
 
 MIB = 1 << 20
@@ -132,6 +137,67 @@ async def test_disk_of_no_bytes(rig: ImageRig) -> None:
     assert await opened.read(0, 100) == b""
 
 
+# ── who decodes ──
+
+
+@pytest.fixture
+def decodings(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, bool]]]:
+    """What was decoded together: where each cluster begins in the disk, and whether the event loop was held for it.
+
+    A body comes in one piece.
+    """
+    monkeypatch.setattr(image_fakes, "BODY_STEP_BYTES", 8 * MIB)
+    done: list[list[tuple[int, bool]]] = []
+
+    def decode_each(view: View, batch: Sequence[tuple[Piece, bytes]]) -> object:
+        is_on_loop = threading.current_thread() is threading.main_thread()
+        done.append([(piece.presented_start, is_on_loop) for piece, _ in batch if piece.is_compressed])
+        return decode(view, batch)
+
+    decode = arrivals._decode_each
+    monkeypatch.setattr(arrivals, "_decode_each", decode_each)
+    return done
+
+
+async def test_cluster_a_reader_waits_for_is_decoded_first(
+    rig: ImageRig, nursery: trio.Nursery, decodings: list[list[tuple[int, bool]]]
+) -> None:
+    """One cluster that a reader waits for is decoded at once; others that came with it in a thread, together."""
+    one = image(16, dict.fromkeys(range(4), "compressed"), 4)
+    opened = await open_raw(rig, 1, one.source)
+    await opened.fetcher.fetch([0])
+    del decodings[:]
+    gate = rig.glance.always.gate = trio.Event()
+    opened.fetcher.want_background([1, 2])
+    reader = Reader(nursery, opened.fetcher, 3)
+    await wait_all_tasks_blocked()
+    gate.set()
+    await wait_until(lambda: reader.ended_at and opened.fetcher.is_idle)
+    assert [batch for batch in decodings if batch] == [
+        [(3 * CHUNK, True)],
+        [(1 * CHUNK, False), (2 * CHUNK, False)],
+    ]
+    assert reader.got == {3: one.read(3 * CHUNK, 4 * CHUNK)}
+    assert await opened.read(CHUNK, 2 * CHUNK) == one.read(CHUNK, 3 * CHUNK)
+
+
+async def test_what_is_decoded_at_once_is_bounded(
+    rig: ImageRig, decodings: list[list[tuple[int, bool]]]
+) -> None:
+    """[I5] However much a few bytes of the source hold, one hop to a thread decodes a MiB, or one cluster."""
+    size_bytes = 24 * CHUNK
+    one = image(16, dict.fromkeys(range(24), "compressed"), 24)
+    opened = await open_raw(rig, 1, one.source, request_bytes_max=8 * MIB)
+    assert await opened.read(0, size_bytes) == one.read(0, size_bytes)
+    assert [len(batch) for batch in decodings if batch] == [1, 16, 7]
+    one = big()
+    del decodings[:]
+    opened = await open_raw(rig, 2, one.source, request_bytes_max=8 * MIB)
+    assert await opened.read(0, 6 * MIB) == one.read(0, 6 * MIB)
+    assert [len(batch) for batch in decodings if batch] == [1, 1, 1]
+    assert not any(is_on_loop for batch in decodings for _, is_on_loop in batch)
+
+
 # ── who leaves harms nobody ──
 
 
@@ -224,7 +290,7 @@ async def test_part_damaged_for_good_leaks_nothing(rig: ImageRig) -> None:
     lie(rig, damaged_cluster(one), times=1000)
     with pytest.raises(SourceDamaged):
         await opened.read(0, 10)
-    await wait_all_tasks_blocked()
+    await wait_until(lambda: opened.fetcher.is_idle)
     assert not view_of(opened).half_complete
 
 
