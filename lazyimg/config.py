@@ -68,6 +68,8 @@ class Config(BaseModel):
     # Group of the control socket (name or number), and its mode in octal.
     control_group: str | None = None
     control_mode: str = "0600"
+    # Host and port where anybody may read the metrics, and nothing else; none: only the control socket has them.
+    metrics_listen: str | None = None
 
     # ── how images are shown ──
     view: Literal["raw", "stored"] = "raw"
@@ -128,6 +130,13 @@ class Config(BaseModel):
             raise ValueError('give an octal mode such as "0660"')
         return value
 
+    @field_validator("metrics_listen")
+    @classmethod
+    def _is_host_and_port(cls, value: str | None) -> str | None:
+        if value is not None:
+            host_and_port(value)
+        return value
+
     @field_validator("hydrate", "graduate")
     @classmethod
     def _is_built(cls, value: bool) -> bool:
@@ -144,6 +153,15 @@ class Config(BaseModel):
         if self.random_request_bytes_max > self.request_bytes_max:
             raise ValueError("random_request_bytes_max must not be above request_bytes_max")
         return self
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """Return the parts of "127.0.0.1:9177" or "[::1]:9177".  Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ValueError('give host and port, such as "127.0.0.1:9177"')
+    return host, int(port)
 
 
 def load_config(

@@ -1,4 +1,4 @@
-"""What the daemon says of itself: `lazyimg status`."""
+"""What the daemon says of itself: status and metrics."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ def status(
     from rich.console import Console
 
     Console().print(_status_table(answer))
+
+
+@app.command(epilog=EXIT_CODES)
+def metrics(control: ControlFlag = None) -> None:
+    """Print the daemon's metrics, as Prometheus reads them."""
+    print(make_client(control).metrics(), end="")
 
 
 def _status_table(answer: Mapping[str, Any]) -> Table:

@@ -37,33 +37,43 @@ class ControlClient:
 
     def status(self) -> dict[str, Any]:
         """Return the JSON object of `lazyimg status --json`."""
-        return self._ask("GET", "status", None)
+        return self._ask("GET", "v1/status", None)
+
+    def metrics(self) -> str:
+        """Return the page that Prometheus reads."""
+        body = self._body("GET", "metrics", None)
+        if body.startswith(b"{"):
+            self._object(body)
+        return body.decode(errors="replace")
 
     def image_facts(self, image: str) -> ImageFacts:
         """Return what the companion must know of an image (id or unique name)."""
-        answer = self._ask("GET", "image", image)
+        answer = self._ask("GET", "v1/image", image)
         return self._parsed(ImageFacts, answer)
 
     def evict(self, image: str) -> int:
         """Drop an image's chunks and return the bytes freed."""
-        return int(self._ask("POST", "evict", image)["freed_bytes"])
+        return int(self._ask("POST", "v1/evict", image)["freed_bytes"])
 
     def prefetch(self, image: str) -> Generator[Progress, None, None]:
         """Fetch all of an image; closing the generator stops the work."""
-        return self._watch("prefetch", image)
+        return self._watch("v1/prefetch", image)
 
     def verify(self, image: str) -> Generator[Progress, None, None]:
         """Check an image's chunks and its source's hash; the last step has the verdict."""
-        return self._watch("verify", image)
+        return self._watch("v1/verify", image)
 
     def _ask(self, method: str, what: str, image: str | None) -> dict[str, Any]:
+        return self._object(self._body(method, what, image))
+
+    def _body(self, method: str, what: str, image: str | None) -> bytes:
         with self._response(method, what, image, timeout_s=ANSWER_TIMEOUT_S) as response:
             body = bytearray()
             for part in response.iter_raw():
                 body += part
                 if len(body) > ANSWER_BYTES_MAX:
                     raise self._not_ours(f"more than {ANSWER_BYTES_MAX} bytes")
-            return self._object(bytes(body))
+            return bytes(body)
 
     def _watch(self, what: str, image: str) -> Generator[Progress, None, None]:
         # No limit between two steps: Glance may be away, and the work waits for it.
@@ -90,7 +100,7 @@ class ControlClient:
         try:
             with (
                 httpx.Client(transport=transport, timeout=timeout, trust_env=False) as client,
-                client.stream(method, f"http://lazyimg/v1/{what}", params=params) as response,
+                client.stream(method, f"http://lazyimg/{what}", params=params) as response,
             ):
                 yield response
         except httpx.TimeoutException as exc:

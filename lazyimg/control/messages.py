@@ -1,6 +1,7 @@
 """What travels through the control socket, and how it is written as JSON.
 
     GET  /v1/status                 the object of `lazyimg status --json`
+    GET  /metrics                   the same in numbers, as Prometheus reads them
     GET  /v1/image?image=I          ImageFacts
     POST /v1/evict?image=I          {"freed_bytes": int}
     POST /v1/prefetch?image=I       Progress, one object a line (application/x-ndjson)

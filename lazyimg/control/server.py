@@ -191,7 +191,7 @@ def _unlink_if_own(path: Path, own: tuple[int, int]) -> None:
 
 def _make_app(daemon: Daemon) -> Starlette:
     from starlette.applications import Starlette
-    from starlette.responses import JSONResponse
+    from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
     async def answer(make: Callable[[], Awaitable[object]]) -> Response:
@@ -225,8 +225,19 @@ def _make_app(daemon: Daemon) -> Starlette:
     async def verify(request: Request) -> Any:
         return _ProgressAnswer(lambda: daemon.verify(_image_of(request)))
 
+    async def metrics(_request: Request) -> Response:
+        # A daemon serves guests before anybody scrapes it: imported here.
+        from lazyimg.metrics import CONTENT_TYPE, render
+
+        try:
+            return Response(render(daemon.status()), media_type=CONTENT_TYPE)
+        except Exception as exc:
+            status, body = error_answer(exc)
+            return JSONResponse(body, status)
+
     return Starlette(
         routes=[
+            Route("/metrics", metrics),
             Route("/v1/status", status),
             Route("/v1/image", image_facts),
             Route("/v1/evict", evict, methods=["POST"]),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 
 import trio
 
+from lazyimg import __version__
 from lazyimg.control.messages import ImageFacts, Progress
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES
 from lazyimg.core.identity import ImageRecord
+from lazyimg.daemon import process
+from lazyimg.daemon.filesystem import Filesystem
 from lazyimg.errors import LazyImgError
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.lazyimage import LazyImage
@@ -26,23 +30,46 @@ class Answers:
     """Implements `lazyimg.control.server.Daemon`."""
 
     def __init__(
-        self, catalog: Catalog, space: CacheSpace, nursery: trio.Nursery, *, mountpoint: Path, view: str
+        self,
+        catalog: Catalog,
+        space: CacheSpace,
+        filesystem: Filesystem,
+        nursery: trio.Nursery,
+        *,
+        mountpoint: Path,
+        view: str,
     ) -> None:
+        self._started_at_s = time.time()
         self._catalog = catalog
         self._space = space
+        self._filesystem = filesystem
         self._nursery = nursery
         self._mountpoint = mountpoint
         self._view = view
 
     def status(self) -> dict[str, object]:
-        """Return the JSON object of `lazyimg status --json`; docs/operations.md explains each field."""
+        """Return the JSON object of `lazyimg status --json`; docs/operations.md explains each field.
+
+        Asks neither Glance nor a disk, so that it answers whatever hangs.
+        """
         shown = [_image_status(entry, image) for entry, image in self._catalog.entries()]
         refused = [_refused_status(record, reason) for record, reason in self._catalog.refusals()]
+        totals = self._catalog.fetch_totals()
+        own = process.statistics()
         return {
             "daemon_pid": os.getpid(),
+            "version": __version__,
+            "started_at_s": self._started_at_s,
+            "memory_bytes": own.memory_bytes,
+            "descriptors": own.descriptors,
             "mountpoint": str(self._mountpoint),
             "view": self._view,
             "cache_is_full": self._space.is_full,
+            "cache_used_bytes": self._space.used_bytes,
+            "requests": totals.requests,
+            "fetched_bytes": totals.fetched_bytes,
+            "retries": totals.retries,
+            "unforeseen_errors": self._filesystem.unforeseen_errors,
             "images": shown + refused,
         }
 

@@ -77,6 +77,7 @@ def _never_raises(
         except OSError as exc:
             raise pyfuse3.FUSEError(exc.errno or errno.EIO) from None
         except Exception:
+            self.unforeseen_errors += 1
             logger.exception("%s failed in an unforeseen way; answered EIO", handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from None
 
@@ -103,6 +104,8 @@ class Filesystem(pyfuse3.Operations):
         self._upper = upper
         self._upper_limiter = upper_limiter
         self._take_over = take_over
+        # Requests that a fault of our own failed, since the daemon started.
+        self.unforeseen_errors = 0
 
     def init(self) -> None:
         self._take_over()
@@ -117,6 +120,7 @@ class Filesystem(pyfuse3.Operations):
             try:
                 data = image.read_nowait(off, size)
             except Exception:
+                self.unforeseen_errors += 1
                 logger.exception("read_nowait failed in an unforeseen way; reading in a thread")
                 data = None
             if data is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from lazyimg.config import Config
+from lazyimg.config import Config, host_and_port
 from lazyimg.daemon import mountpoint
 from lazyimg.daemon.answers import Answers
 from lazyimg.daemon.filesystem import Filesystem
@@ -131,8 +131,12 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
             )
             pyfuse3.init(filesystem, resumption.mountpoint, set(pyfuse3.default_options))
             nursery.start_soon(_serve_fuse, config, resumption, nursery.cancel_scope)
-            answers = Answers(catalog, space, nursery, mountpoint=handover.mountpoint, view=config.view)
+            answers = Answers(
+                catalog, space, filesystem, nursery, mountpoint=handover.mountpoint, view=config.view
+            )
             await _start_control(answers, config, nursery)
+            if config.metrics_listen is not None:
+                nursery.start_soon(_again_after_faults, _serve_metrics, answers, config.metrics_listen)
             notify("READY=1")
             logger.info("serving %s", handover.mountpoint)
         notify("STOPPING=1")
@@ -189,6 +193,14 @@ async def _start_control(answers: Answers, config: Config, nursery: trio.Nursery
         )
 
     await nursery.start(serve)
+
+
+async def _serve_metrics(answers: Answers, listen: str) -> None:
+    from lazyimg.control.metricspage import serve_metrics
+    from lazyimg.metrics import CONTENT_TYPE, render
+
+    host, port = host_and_port(listen)
+    await serve_metrics(lambda: render(answers.status()), host, port, CONTENT_TYPE)
 
 
 async def _unmount_on_signals(where: Path) -> None:

@@ -30,7 +30,7 @@ from lazyimg.image.decisions import Decisions, Refusals
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.listing import GlanceListing, Listing
 from lazyimg.image.maker import Maker
-from lazyimg.image.openimages import OpenImages
+from lazyimg.image.openimages import FetchTotals, OpenImages
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
 
@@ -180,6 +180,10 @@ class Catalog:
     def open_images(self) -> list[LazyImage]:
         """Return the images whose chunk file is open."""
         return self._opened.all()
+
+    def fetch_totals(self) -> FetchTotals:
+        """Return what all images cost since the daemon started."""
+        return self._opened.totals()
 
     def entries(self) -> list[tuple[ImageEntry, LazyImage | None]]:
         """Return what the index has of each published image, with the image itself if it is open."""

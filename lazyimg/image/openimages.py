@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
 import trio
@@ -12,6 +13,22 @@ from lazyimg.errors import InUse
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.maker import Maker
 from lazyimg.store.cachedir import CacheDir
+
+
+@dataclass(frozen=True, slots=True)
+class FetchTotals:
+    """What all images together cost since the daemon started, those closed since among them."""
+
+    requests: int = 0
+    fetched_bytes: int = 0
+    retries: int = 0
+
+    def plus(self, image: LazyImage) -> FetchTotals:
+        """Return these and an image's."""
+        one = image.statistics().fetch
+        return FetchTotals(
+            self.requests + one.requests, self.fetched_bytes + one.fetched_bytes, self.retries + one.retries
+        )
 
 
 class OpenImages:
@@ -28,6 +45,8 @@ class OpenImages:
         self._limiter = limiter
         self._maybe_open = maybe_open
         self._images: dict[str, LazyImage] = {}
+        # Of images closed since; without it a total would fall when an image is dropped.
+        self._closed_totals = FetchTotals()
         # By key, for as long as anybody holds one or waits for it.
         self._opening: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
 
@@ -37,6 +56,13 @@ class OpenImages:
 
     def all(self) -> list[LazyImage]:
         return list(self._images.values())
+
+    def totals(self) -> FetchTotals:
+        """Return what all images cost since the daemon started."""
+        totals = self._closed_totals
+        for image in self._images.values():
+            totals = totals.plus(image)
+        return totals
 
     async def open(self, key: str, head: bytes | None = None) -> LazyImage:
         """Return an image that the index has, opening its chunk file if that is not open.
@@ -64,6 +90,7 @@ class OpenImages:
         """Close an image's chunk file.  On the event loop, whose reads use the descriptor without a lock."""
         image = self._images.pop(key, None)
         if image is not None:
+            self._closed_totals = self._closed_totals.plus(image)
             image.drop()
         self._cache.close_image(key)
 

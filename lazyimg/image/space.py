@@ -42,6 +42,7 @@ class CacheSpace:
         # Of a small cache an eighth.
         self._margin_bytes = min(MARGIN_BYTES_MAX, size_max_bytes // 8 or MARGIN_BYTES_MAX)
         self._room_bytes = 0
+        self._used_bytes = 0
         # Bytes ever taken of the room, and of those ever written or given up.  What lies between the two is not on
         # the disk yet and would be measured as free.
         self._taken_bytes = 0
@@ -52,6 +53,11 @@ class CacheSpace:
     @property
     def is_full(self) -> bool:
         return self._room_bytes <= 0
+
+    @property
+    def used_bytes(self) -> int:
+        """What images took on the disk when it was measured last."""
+        return self._used_bytes
 
     def may_store(self, size_bytes: int) -> bool:
         """Take this much of the room, or say that there is none."""
@@ -121,6 +127,7 @@ class CacheSpace:
     def _measure(self, busy_keys: set[str], kept: set[str]) -> tuple[list[str], int]:
         """Return what to drop, and the room there is now (thread)."""
         images = [(entry, self._cache.allocated_bytes(entry.key)) for entry in self._cache.index.entries()]
+        self._used_bytes = sum(size for _, size in images)
         free_bytes = self._cache.free_bytes()
         victims = to_evict(
             images,
@@ -132,5 +139,5 @@ class CacheSpace:
         )
         room_bytes = free_bytes - self._free_min_bytes
         if self._size_max_bytes:
-            room_bytes = min(room_bytes, self._size_max_bytes - sum(size for _, size in images))
+            room_bytes = min(room_bytes, self._size_max_bytes - self._used_bytes)
         return victims, room_bytes

@@ -29,6 +29,13 @@ KEYS: dict[str, tuple[str, str, Any, list[str], str]] = {
     "cache_free_min": ("4096", "4096", 4096, ['"GiB"'], "byte"),
     "control": ('"/s"', "/s", Path("/s"), ["[]"], "path"),
     "control_group": ('"nova"', "nova", "nova", ["5"], "string"),
+    "metrics_listen": (
+        '"[::1]:9177"',
+        "[::1]:9177",
+        "[::1]:9177",
+        ['"9177"', '":9177"', '"h:"', '"h:0"', '"h:65536"', '"h:x"', "1"],
+        "host and port|string",
+    ),
     "control_mode": ('"0660"', "0660", "0660", ['"0x"', '"888"', '"17777"', '"-1"', "432"], "octal|string"),
     "view": ('"stored"', "stored", "stored", ['"decoded"', '""'], "raw"),
     "allow_other": ("false", "false", False, ['"perhaps"', "2"], "boolean"),

@@ -349,3 +349,15 @@ async def test_errors_have_their_http_status(path: Path) -> None:
                 answer = await client.request(method, url)
                 assert answer.status_code == status, url
                 assert set(json.loads(answer.content)) == {"error", "message"}
+
+
+async def test_metrics_are_the_status_in_numbers(path: Path) -> None:
+    """`/metrics` has what Prometheus reads, made of the daemon's status."""
+    page = await served(ScriptedDaemon(), path, lambda client: client.metrics())
+    assert "lazyimg_open_images 0.0\n" in page
+
+
+async def test_metrics_of_a_failing_daemon_are_an_error(path: Path) -> None:
+    """A status that cannot be had is raised to whoever asks for the metrics."""
+    with pytest.raises(InUse, match="x: y"):
+        await served(ScriptedDaemon(fails=InUse("x: y")), path, lambda client: client.metrics())

@@ -1,0 +1,44 @@
+"""What the daemon says of itself through a real mount, whatever hangs: status, metrics, the dump of tasks."""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+from collections.abc import Callable
+
+from real_mount import Mount, wait_until
+from served_glance import ServedGlance
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def sample(page: str, name: str) -> float:
+    """Return the value of a metric without labels."""
+    return next(float(line.split()[1]) for line in page.splitlines() if line.startswith(f"{name} "))
+
+
+def test_metrics_tell_what_was_fetched(make_mount: Callable[..., Mount], glance: ServedGlance) -> None:
+    """The control socket and the TCP port show the same page, and it counts what a guest's read cost."""
+    port = free_port()
+    mount = make_mount(glance, metrics_listen=f"127.0.0.1:{port}")
+    image = glance.add(16 << 20)
+    with mount.path_of(image).open("rb") as file:
+        file.read(4096)
+        page = mount.client().metrics()
+        assert sample(page, "lazyimg_images_at_risk") == 1
+    assert sample(page, "lazyimg_fetched_bytes_total") == mount.status()["fetched_bytes"] > 0
+    assert sample(page, "lazyimg_unforeseen_errors_total") == 0
+
+    def over_tcp() -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    wait_until(lambda: sample(over_tcp(), "lazyimg_open_images") == 0, "the release of the image")
+    assert [line for line in over_tcp().splitlines() if line.startswith("# ")] == [
+        line for line in page.splitlines() if line.startswith("# ")
+    ]
