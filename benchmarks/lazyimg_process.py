@@ -20,11 +20,17 @@ LAZYIMG = Path(sys.executable).with_name("lazyimg")
 
 @dataclass(frozen=True)
 class Mounted:
-    """A daemon that is ready; `process_id` is what was started, the holder."""
+    """A daemon that is ready; `process_id` is what was started, the holder.  Its files are in `folder`."""
 
+    folder: Path
     mountpoint: Path
     control: Path
     process_id: int
+
+    @property
+    def log(self) -> str:
+        """What holder and daemons have said so far."""
+        return (self.folder / "lazyimg.log").read_text(errors="replace")
 
     def image_path(self, record: ImageRecord) -> Path:
         """Return where the image is seen."""
@@ -42,8 +48,11 @@ class Mounted:
 
 
 @contextlib.contextmanager
-def mount(endpoint: str, folder: Path) -> Iterator[Mounted]:
-    """Mount inside the block, with cache, control socket and log in `folder`; after it nothing is mounted."""
+def mount(endpoint: str, folder: Path, *, may_be_replaced: bool = False) -> Iterator[Mounted]:
+    """Mount inside the block, with cache, control socket and log in `folder`; after it nothing is mounted.
+
+    Ends the benchmark if the daemon was replaced meanwhile, unless that is what it is about.
+    """
     mountpoint = folder / "_base"
     mountpoint.mkdir(parents=True, exist_ok=True)
     control = folder / "control.sock"
@@ -58,10 +67,10 @@ def mount(endpoint: str, folder: Path) -> Iterator[Mounted]:
             return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
         machine.wait_until(is_ready, f"lazyimg status on {control}")
-        mounted = Mounted(mountpoint, control, process.pid)
+        mounted = Mounted(folder, mountpoint, control, process.pid)
         daemon_id = mounted.status()["daemon_pid"]
         yield mounted
-        if mounted.status()["daemon_pid"] != daemon_id:
+        if not may_be_replaced and mounted.status()["daemon_pid"] != daemon_id:
             sys.exit(f"the daemon ended and was replaced while it was measured:\n{log.read_text().strip()}")
     if mountpoint.is_mount():
         sys.exit(f"{mountpoint} is still mounted after lazyimg ended; its log is {log}")

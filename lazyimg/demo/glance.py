@@ -53,7 +53,8 @@ class LoggedRequest:
 class EmbeddedGlance:
     """One Glance with its images in `folder`; an ASGI application.
 
-    no_ranges: answer as a store that cannot do them (rbd, s3, swift).  latency_s: wait before each answer.
+    no_ranges: answer as a store that cannot do them (rbd, s3, swift), as for a single image with the property
+    no_ranges=true.  latency_s: wait before each answer.
     token: when set, requests without it get 401; change it to revoke.  requests: what came, newest last.
     """
 
@@ -282,7 +283,7 @@ class EmbeddedGlance:
             return _error(
                 416, f"The byte range passed in the 'Range' header did not match the range {start}-"
             )
-        if self.no_ranges:
+        if self.no_ranges or fields.get("no_ranges") == "true":
             return _error(400, _NO_RANGES.format(start, stop - start))
         off_by = 1 if fault is not None and fault.action == "wrong_content_range" else 0
         headers["Content-Range"] = f"bytes {start + off_by}-{stop - 1 + off_by}/{size_bytes}"

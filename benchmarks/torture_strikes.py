@@ -1,0 +1,268 @@
+"""What strikes in torture.py, each kind from a thread and a chain of random numbers of its own.
+
+    processes   kill -9 of the daemon, once or again before the next one is ready; chunks damaged on disk, then kill -9
+    Glance      ended and started, frozen, slow, lying, closing, refusing, rate-limiting, stalled
+    cache       an image evicted
+
+Between two strikes of a kind all is well for a while, so that whoever waits gets what he waits for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from lazyimg_process import Mounted
+from torture_images import CLUSTER_BYTES, TorturedImage
+from torture_tally import Gate
+
+from lazyimg.control import ControlClient
+from lazyimg.demo.faults import FaultPlan, FaultRule
+from lazyimg.demo.programs import wait_first_line
+from lazyimg.errors import LazyImgError
+
+# The longest that Glance is away, and that the daemon may be until the next one answers.
+OUTAGE_S_MAX = 6.0
+REPLACED_S_MAX = 30.0
+DAMAGED_PLACES = 20
+
+GLANCE_FAULTS: dict[str, tuple[FaultRule, ...]] = {
+    "slow": (FaultRule("delay", kind="any", seconds=0.4),),
+    "lying: Content-Range": (FaultRule("wrong_content_range"),),
+    "lying: 200 and all": (FaultRule("whole_body"),),
+    "lying: 206 and all": (FaultRule("whole_body", status=206),),
+    "lying: 204": (FaultRule("empty_204"),),
+    "closing": (FaultRule("reset", kind="any"),),
+    "closing in a body": (FaultRule("short_body", bytes=100_000),),
+    "503, Retry-After": (FaultRule("status", kind="any", status=503, headers={"Retry-After": "1"}),),
+    "429, Retry-After": (FaultRule("status", kind="any", status=429, headers={"Retry-After": "1"}),),
+    "500": (FaultRule("status", kind="any", status=500),),
+    "401 on data": (FaultRule("status", status=401),),
+    "403 on data": (FaultRule("status", status=403),),
+    "404 on data": (FaultRule("status", status=404),),
+    "redirect": (FaultRule("redirect", location="http://127.0.0.1:1/elsewhere"),),
+    "stalled before": (FaultRule("delay", seconds=60),),
+    "stalled in a body": (FaultRule("stall", bytes=70_000, seconds=60),),
+}
+
+
+class Torture:
+    """The strikes of one run: begun with `start`, ended with `stop`; what was struck is in `struck`."""
+
+    def __init__(
+        self, seed: int, mounted: Mounted, glance: TorturedGlance, images: list[TorturedImage]
+    ) -> None:
+        self.struck: Counter[str] = Counter()
+        self.replaced_s_max = 0.0
+        self._seed = seed
+        self._mounted = mounted
+        self._glance = glance
+        self._images = images
+        self._control = ControlClient(mounted.control)
+        self._ending = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._errors: list[BaseException] = []
+
+    def start(self) -> None:
+        """Begin to strike."""
+        self._begin("processes", (1, 8), {self._kill: 4, self._kill_burst: 1, self._damage: 2})
+        self._begin("Glance", (0.5, 6), {self._fail_glance: 8, self._end_glance: 1, self._freeze_glance: 1})
+        self._begin("cache", (2, 8), {self._evict: 1})
+
+    def stop(self) -> None:
+        """Strike no more; returns when all is well.  Raises what a strike itself failed with."""
+        self._ending.set()
+        for thread in self._threads:
+            thread.join()
+        if self._errors:
+            raise self._errors[0]
+
+    def _begin(
+        self, kind: str, pause_s: tuple[float, float], strikes: dict[Callable[[random.Random], None], int]
+    ) -> None:
+        chance = random.Random(f"{self._seed} {kind}")
+
+        def strike_on() -> None:
+            try:
+                while not self._ending.wait(chance.uniform(*pause_s)):
+                    (strike,) = chance.choices(list(strikes), list(strikes.values()))
+                    strike(chance)
+            except BaseException as exc:
+                # A strike that cannot be made is a fault of this program; without it the run proves nothing.
+                self._errors.append(exc)
+
+        thread = threading.Thread(target=strike_on, name=kind, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    # ── processes ──
+
+    def _kill(self, _chance: random.Random) -> None:
+        self.struck["daemon killed"] += 1
+        self._send_daemon(signal.SIGKILL)
+        self._wait_replaced()
+
+    def _kill_burst(self, chance: random.Random) -> None:
+        """Kill the next one too, before or just after it is ready."""
+        for _ in range(chance.randint(2, 4)):
+            self.struck["daemon killed, in a row"] += 1
+            self._send_daemon(signal.SIGKILL)
+            time.sleep(chance.uniform(0.02, 1.2))
+        self._wait_replaced()
+
+    def _damage(self, chance: random.Random) -> None:
+        """Change bytes of a chunk file under a daemon that is stopped, and kill it: the next must find them."""
+        self._send_daemon(signal.SIGSTOP)
+        try:
+            files = sorted((self._mounted.folder / "cache" / "chunks").iterdir())
+            if files:
+                self.struck["chunks damaged"] += _damage(chance.choice(files), chance)
+        finally:
+            self._send_daemon(signal.SIGKILL)
+        self._wait_replaced()
+
+    def _send_daemon(self, number: int) -> None:
+        # Between two daemons there is none; the next is at hand in a moment.
+        for _ in range(1000):
+            with contextlib.suppress(ProcessLookupError):
+                if daemons := children_of(self._mounted.process_id):
+                    os.kill(daemons[0], number)
+                    return
+            time.sleep(0.005)
+        sys.exit("the holder has had no daemon for 5 s")
+
+    def _wait_replaced(self) -> None:
+        began_s = time.monotonic()
+        while True:
+            with contextlib.suppress(LazyImgError):
+                self._control.status()
+                self.replaced_s_max = max(self.replaced_s_max, time.monotonic() - began_s)
+                return
+            if time.monotonic() > began_s + REPLACED_S_MAX:
+                raise SystemExit(f"no daemon answers {REPLACED_S_MAX:.0f} s after the last one was killed")
+            time.sleep(0.02)
+
+    # ── Glance ──
+
+    def _fail_glance(self, chance: random.Random) -> None:
+        name = chance.choice(sorted(GLANCE_FAULTS))
+        self.struck[f"Glance {name}"] += 1
+        self._glance.fail(*GLANCE_FAULTS[name])
+        self._ending.wait(chance.uniform(0.3, OUTAGE_S_MAX))
+        self._glance.fail()
+
+    def _end_glance(self, chance: random.Random) -> None:
+        self.struck["Glance ended"] += 1
+        self._glance.stop()
+        self._ending.wait(chance.uniform(0.3, OUTAGE_S_MAX))
+        self._glance.start()
+
+    def _freeze_glance(self, chance: random.Random) -> None:
+        """Its connections stay, new ones are accepted by the kernel, and nothing is answered."""
+        self.struck["Glance frozen"] += 1
+        with self._glance.frozen():
+            self._ending.wait(chance.uniform(0.3, OUTAGE_S_MAX))
+
+    # ── cache ──
+
+    def _evict(self, chance: random.Random) -> None:
+        image = chance.choice(self._images)
+        with Gate(self._mounted.folder / image.name).closed():
+            try:
+                self._control.evict(image.record.id)
+                self.struck["image evicted"] += 1
+            except LazyImgError:
+                # The daemon may not know yet that nobody has it open, Glance may be away, or no daemon be there.
+                self.struck["image not evicted: refused"] += 1
+
+
+class TorturedGlance:
+    """An embedded Glance in a process of its own, that can be ended, frozen and made to fail."""
+
+    def __init__(self, folder: Path, log: IO[bytes]) -> None:
+        self._folder = folder
+        self._log = log
+        self._port = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> TorturedGlance:
+        self.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Where it answers; the same after each start."""
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        """Return when it answers."""
+        command = [sys.executable, "-m", "lazyimg.demo.glance", "--data", self._folder, "--port", self._port]
+        self._process = subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=self._log, stdin=subprocess.DEVNULL
+        )
+        url = wait_first_line(self._process, "the embedded Glance", timeout_s=30)
+        self._port = int(url.rpartition(":")[2])
+
+    def stop(self) -> None:
+        """Kill it."""
+        assert self._process is not None
+        with self._process as process:
+            process.kill()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Keep it from running in the block."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+    def fail(self, *rules: FaultRule) -> None:
+        """Set its faults; none: all is well."""
+        body = json.dumps(FaultPlan(*rules).to_json()).encode()
+        request = urllib.request.Request(f"{self.url}/faults", body, method="PUT")
+        urllib.request.urlopen(request, timeout=30).close()
+
+
+def children_of(process_id: int) -> list[int]:
+    """Return the processes that a process has started and not waited for."""
+    found: list[int] = []
+    for tasks in Path(f"/proc/{process_id}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, tasks.read_text().split())
+    return found
+
+
+def _damage(path: Path, chance: random.Random) -> int:
+    """Change a byte in each of some places that have data; return in how many."""
+    size_bytes = path.stat().st_size
+    damaged = 0
+    with path.open("r+b", buffering=0) as file:
+        for _ in range(DAMAGED_PLACES):
+            at = chance.randrange(size_bytes)
+            start = at // CLUSTER_BYTES * CLUSTER_BYTES
+            with contextlib.suppress(OSError):
+                # OSError: no data from there to the end.
+                if os.lseek(file.fileno(), start, os.SEEK_DATA) >= start + CLUSTER_BYTES:
+                    continue
+                byte = os.pread(file.fileno(), 1, at)
+                os.pwrite(file.fileno(), bytes([byte[0] ^ 1 << chance.randrange(8)]), at)
+                damaged += 1
+    return damaged
