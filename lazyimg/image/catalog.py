@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
@@ -31,6 +30,7 @@ from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.listing import GlanceListing, Listing
 from lazyimg.image.maker import Maker
 from lazyimg.image.openimages import FetchTotals, OpenImages
+from lazyimg.image.states import JUDGING, States
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
 
@@ -39,10 +39,6 @@ _T = TypeVar("_T")
 
 # Stands for a view in the inode numbers of links.
 LINK = "link"
-# State of an entry whose first bytes are still on their way; it has no name yet.
-JUDGING = "judging"
-# An open or a release that follows the last by less than this does not change `last_used` on disk.
-USED_INTERVAL_S = 60
 
 
 class Catalog:
@@ -75,7 +71,7 @@ class Catalog:
         self._link_targets: dict[int, str] = {}
         # By key, for as long as anybody holds one or waits for it.
         self._judging: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
-        self._marking = trio.Lock()
+        self._states = States(cache, limiter)
         for entry in sorted(cache.index.entries(), key=lambda entry: entry.last_used_s):
             # One whose judgement was cut short is judged anew when it is asked for.
             if entry.view == view and entry.state != JUDGING:
@@ -123,7 +119,7 @@ class Catalog:
         except (ImageNotFound, ImageForbidden):
             if known is None:
                 raise
-            await self._mark(known, state="gone")
+            await self._states.mark(known, state="gone")
             found = await self.image_of(known.key)
             if not found.is_whole:
                 raise
@@ -214,25 +210,14 @@ class Catalog:
     async def used(self, image: LazyImage) -> None:
         """Note that the image is used now; its first use gives it its mtime and a place in the listing."""
         entry = self.entry_of(image)
-        if entry is None:
-            return
-        now_s = time.time()
-        if not entry.in_use:
-            # A mtime that is being set at this moment is kept: it is looked at when it is this change's turn.
-            await self._change(
-                entry,
-                lambda now: replace(
-                    now, last_used_s=now_s, in_use=True, mtime_ns=now.mtime_ns or int(now_s * 1e9)
-                ),
-            )
-        elif now_s - entry.last_used_s > USED_INTERVAL_S:
-            await self._mark(entry, last_used_s=now_s)
+        if entry is not None:
+            await self._states.used(entry)
 
     async def set_mtime(self, image: LazyImage, mtime_ns: int) -> None:
         """Keep an mtime, across restarts; the image is in use from here on."""
         entry = self.entry_of(image)
         if entry is not None:
-            await self._mark(entry, mtime_ns=mtime_ns, in_use=True)
+            await self._states.mark(entry, mtime_ns=mtime_ns, in_use=True)
 
     async def released(self, image: LazyImage) -> None:
         """A handle was released; with the last one of an image hidden since it was opened, its chunks go."""
@@ -252,7 +237,7 @@ class Catalog:
         entry = self._cache.index.get(self._keys.get(name, ""))
         if entry is None:
             return
-        await self._mark(entry, in_use=False, mtime_ns=0)
+        await self._states.mark(entry, in_use=False, mtime_ns=0)
         image = self._opened.get(entry.key)
         if image is None or not image.open_handles:
             self._nursery.start_soon(self._drop_hidden, entry.key)
@@ -281,7 +266,7 @@ class Catalog:
         try:
             await self._glance.image(image_id)
         except (ImageNotFound, ImageForbidden) as exc:
-            await self._mark(entry, state="gone")
+            await self._states.mark(entry, state="gone")
             raise ImageRefused(
                 f"image {image_id}: kept, Glance no longer has it: what is here is all there is"
             ) from exc
@@ -316,7 +301,7 @@ class Catalog:
             if self._keys.get(record.base_name) == key:
                 entry = self._cache.index.get(key)
                 if entry is not None and entry.state == "gone":
-                    await self._mark(entry, state="active")
+                    await self._states.mark(entry, state="active")
                 return await self.image_of(key)
             self._refusals.check(record)
             if record.status != "active" or record.size_bytes is None:
@@ -361,7 +346,7 @@ class Catalog:
             self._opened.close(entry.key)
             await self._in_thread(self._cache.remove_image, entry.key)
             raise
-        await self._mark(entry, state="active")
+        await self._states.mark(entry, state="active")
         self._refusals.forget(record)
         self._publish(entry)
         return image
@@ -384,19 +369,6 @@ class Catalog:
     def _entry_of_id(self, image_id: str) -> ImageEntry | None:
         key = self._keys.get(base_name(image_id))
         return None if key is None else self._cache.index.get(key)
-
-    async def _mark(self, entry: ImageEntry, **changes: object) -> None:
-        await self._change(entry, lambda now: replace(now, **changes))  # type: ignore[arg-type]
-
-    async def _change(self, entry: ImageEntry, change: Callable[[ImageEntry], ImageEntry]) -> None:
-        """Change an entry durably; a failing disk costs its durability, not the guest."""
-        try:
-            # One at a time, or a change would be written over by another that began before it.
-            async with self._marking:
-                current = self._cache.index.get(entry.key) or entry
-                await self._in_thread(self._cache.index.put, change(current))
-        except OSError as exc:
-            logger.warning("image %s: its index entry was not stored: %s", entry.record.id, exc)
 
     async def _in_thread(self, function: Callable[..., _T], *args: object) -> _T:
         return await trio.to_thread.run_sync(function, *args, limiter=self._limiter)
