@@ -11,6 +11,8 @@ from faulty_disk import FaultyDisk
 from real_mount import Mount, Mounts, mounts
 from served_glance import ServedGlance
 
+from lazyimg.demo.guest import Guest, build_guest, default_cache_dir
+
 # Longer than any test of these takes on a busy machine, shorter than pytest's own limit.
 WATCHDOG_S = 200
 
@@ -101,6 +103,13 @@ def faulty_disk(mountable: None, tmp_path: Path) -> Iterator[FaultyDisk]:
     disk = FaultyDisk(tmp_path / "faulty")
     yield disk
     disk.end()
+
+
+@pytest.fixture(scope="session")
+def guest(require: Callable[..., None]) -> Guest:
+    """The demo's guest, from the cache it shares with `lazyimg demo`."""
+    require("qemu-system-x86_64", "qemu-img", "mkfs.ext4", "dpkg-deb", "apt-get")
+    return build_guest(default_cache_dir())
 
 
 class _watchdog:

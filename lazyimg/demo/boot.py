@@ -62,9 +62,8 @@ def boot_guest(
     left running, whatever happens.
     """
     token = secrets.token_hex(8)
-    argv = _qemu(accelerator, kernel, f"{append} lazyimg.token={token}")
-    drive = f"file={str(disk).replace(',', ',,')},format={disk_format},if=virtio,cache=none"
-    argv += ["-initrd", str(ramdisk), "-drive", drive]
+    argv = qemu_command(accelerator, kernel, f"{append} lazyimg.token={token}")
+    argv += disk_options(ramdisk, disk, disk_format)
     start = time.monotonic()
     word = re.compile(rb"lazyimg-guest %s ([^\r\n]*)\r?\n" % token.encode())
     with started(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as qemu:
@@ -87,19 +86,26 @@ def choose_accelerator(kernel: Path) -> Accelerator:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "tcg"
     # No disk and no initramfs: a kernel that runs ends in a panic that says so.
-    argv = _qemu("kvm", kernel, "console=ttyS0 panic=-1 no_timer_check")
+    argv = qemu_command("kvm", kernel, "console=ttyS0 panic=-1 no_timer_check")
     with started(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as qemu:
         _, match = _read_until(qemu, _PROBE_WORD, time.monotonic() + _PROBE_TIMEOUT_S)
     return "kvm" if match else "tcg"
 
 
-def _qemu(accelerator: Accelerator, kernel: Path, append: str) -> list[str]:
+def qemu_command(accelerator: Accelerator, kernel: Path, append: str) -> list[str]:
+    """Return the command of a guest without disks, its console on standard input and output."""
     cpu = "host" if accelerator == "kvm" else "max"
     return [
         *("qemu-system-x86_64", "-accel", accelerator, "-cpu", cpu, "-m", str(_MEMORY_MIB)),
         *("-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"),
         *("-kernel", str(kernel), "-append", append),
     ]
+
+
+def disk_options(ramdisk: Path, disk: Path | str, disk_format: Literal["qcow2", "raw"]) -> list[str]:
+    """Return what gives that guest its ramdisk, and its disk past the host's page cache."""
+    drive = f"file={str(disk).replace(',', ',,')},format={disk_format},if=virtio,cache=none"
+    return ["-initrd", str(ramdisk), "-drive", drive]
 
 
 def _read_until(

@@ -5,6 +5,7 @@ from mount_fixtures import (  # noqa: F401  (used by name)
     _shared_mount,
     faulty_disk,
     glance,
+    guest,
     make_glance,
     make_mount,
     mountable,

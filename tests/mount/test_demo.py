@@ -23,13 +23,6 @@ from lazyimg.errors import LazyImgError
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="session")
-def guest(require: Callable[..., None]) -> Guest:
-    """The demo's guest, from the cache it shares with `lazyimg demo`."""
-    require("qemu-system-x86_64", "qemu-img", "mkfs.ext4", "dpkg-deb", "apt-get")
-    return build_guest(default_cache_dir())
-
-
 @pytest.fixture
 def overlay(guest: Guest, tmp_path: Path) -> Path:
     """A qcow2 overlay on the guest's disk, on the local disk."""

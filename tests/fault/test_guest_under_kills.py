@@ -1,0 +1,152 @@
+"""A real guest goes on reading, writing and checking its files while the daemon behind its disk dies again and again.
+
+Expected of each test: the guest boots on an image of which nothing is present; it checks other files of its disk
+each round, past its page cache, and writes, syncs and reads back one of its own; the daemon dies twenty times, the
+first time while the guest boots; every round's verdict is ok; told to, the guest ends by itself, its file system whole.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from real_mount import Mount, wait_until
+from served_glance import ServedGlance
+
+from lazyimg.core.identity import base_name
+from lazyimg.demo.boot import BOOT_APPEND, disk_options, qemu_command
+from lazyimg.demo.glance import EmbeddedGlance
+from lazyimg.demo.guest import Guest
+from lazyimg.demo.programs import run_program
+from lazyimg.demo.ramdisk import write_ramdisk
+
+pytestmark = pytest.mark.slow
+
+KERNEL = tuple(map(int, os.uname().release.split(".")[:2]))
+KILLS = 20
+# Of the disk's 140 files each round checks those whose line number has another remainder.
+SLICES = 40
+ROUND = re.compile(r"^guest-round (\d+) (\w+)", re.MULTILINE)
+INIT = f"""#!/bin/busybox sh
+/bin/busybox mount -t devtmpfs dev /dev
+/bin/busybox mount -t proc proc /proc
+for module in /modules/*; do /bin/busybox insmod $module; done
+until [ -b /dev/vda ]; do /bin/busybox usleep 20000; done
+/bin/busybox mount -t ext4 /dev/vda /disk
+/bin/busybox mount -t proc proc /disk/proc
+/bin/busybox mount -t devtmpfs dev /disk/dev
+exec /bin/busybox chroot /disk /bin/busybox sh -c '
+    busybox --install -s /bin
+    export PATH=/bin
+    (read word < /dev/ttyS0; touch /dev/stop) &
+    round=0
+    until [ -e /dev/stop ]; do
+        result=ok
+        awk "NR % {SLICES} == $round % {SLICES}" /etc/manifest.sha256 > /dev/checked
+        sha256sum -c -s /dev/checked || result=wrong
+        head -c 500000 /dev/urandom > /dev/own && cp /dev/own /var/own-$((round % 5)) && sync || result=unwritten
+        echo 3 > /proc/sys/vm/drop_caches
+        cmp -s /dev/own /var/own-$((round % 5)) || result=lost
+        echo "guest-round $round $result"
+        round=$((round + 1))
+    done
+    sync
+    mount -o remount,ro / && echo guest-ends
+    poweroff -f
+'
+"""
+
+
+class RunningGuest:
+    """A qemu with the guest's console."""
+
+    def __init__(self, guest: Guest, ramdisk: Path, disk: Path, console: Path) -> None:
+        command = qemu_command("tcg", guest.kernel, BOOT_APPEND) + disk_options(ramdisk, disk, "qcow2")
+        self._console = console
+        with console.open("wb") as output:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def console(self) -> str:
+        return self._console.read_text(errors="replace").replace("\r", "")
+
+    def rounds(self) -> list[str]:
+        """Return the verdict of each round so far."""
+        assert self._process.poll() is None or "guest-ends" in self.console(), self.console()
+        return [verdict for _, verdict in ROUND.findall(self.console())]
+
+    def end(self) -> int:
+        """Tell the guest to end, and return qemu's exit code."""
+        self._process.communicate(b"end\n", timeout=60)
+        return self._process.returncode
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def glance_with_guest(
+    guest: Guest, tmp_path: Path, make_glance: Callable[..., ServedGlance]
+) -> tuple[ServedGlance, str]:
+    """A slow Glance with the guest's disk, and the image's name under a mount."""
+    # As `make_glance` names its folder; a record without a hash, since hashing 2 GiB takes seconds.
+    record = EmbeddedGlance(tmp_path / "glance0").add_image(guest.disk, name="guest", with_hash=False)
+    return make_glance("--latency-s", "0.02"), base_name(record.id)
+
+
+@pytest.fixture
+def start_guest(guest: Guest, tmp_path: Path) -> Iterator[Callable[[Path], RunningGuest]]:
+    """Return what boots the guest on an overlay of a base; it is ended with the test."""
+    # The kernel unpacks one archive after the other, so that this init takes the place of the first one's.
+    own = tmp_path / "own-ramdisk"
+    write_ramdisk(own, {"init": INIT.encode()}, folders=())
+    ramdisk = tmp_path / "ramdisk"
+    ramdisk.write_bytes(guest.ramdisk.read_bytes() + own.read_bytes())
+    started: list[RunningGuest] = []
+
+    def start(base: Path) -> RunningGuest:
+        overlay = tmp_path / "overlay.qcow2"
+        run_program(
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, overlay], timeout_s=30
+        )
+        started.append(RunningGuest(guest, ramdisk, overlay, tmp_path / "console"))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+
+
+@pytest.mark.skipif(KERNEL < (6, 9), reason="Linux 6.9 is missing here: it sends requests again")
+def test_guest_checks_its_files_across_twenty_kills(
+    make_mount: Callable[..., Mount],
+    glance_with_guest: tuple[ServedGlance, str],
+    start_guest: Callable[[Path], RunningGuest],
+) -> None:
+    """[I9] SIGKILL of the daemon, twenty times under a guest's disk: the guest notices nothing."""
+    glance, name = glance_with_guest
+    mount = make_mount(glance)
+    guest = start_guest(mount.path / name)
+    chance = random.Random(20)
+    for _ in range(KILLS):
+        time.sleep(chance.uniform(0.1, 0.8))
+        old_pid = mount.kill_daemon()
+        wait_until(
+            lambda old=old_pid: mount.is_ready() and mount.status()["daemon_pid"] != old, "another daemon"
+        )
+    checked = len(guest.rounds())
+    # The one under way may have begun before the last kill.
+    wait_until(lambda: len(guest.rounds()) >= checked + 2, "two more rounds of the guest")
+    assert guest.end() == 0
+    assert set(guest.rounds()) == {"ok"}
+    assert "guest-ends" in guest.console()
+    # It has not read the same again and again.
+    assert mount.status()["images"][0]["present_bytes"] > 20e6
