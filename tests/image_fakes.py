@@ -71,6 +71,7 @@ class FakeGlance:
         self.image_error: Exception | None = None
         self.list_error: Exception | None = None
         self.image_gate: trio.Event | None = None
+        self.recovered = trio.Event()
         # Ranges that are out now, and the most that ever were.
         self.out: list[tuple[str, int, int]] = []
         self.out_max = 0
@@ -97,6 +98,9 @@ class FakeGlance:
         if image_id not in self.records:
             raise ImageNotFound(f"image {image_id}: Glance has none of that id")
         return self.records[image_id]
+
+    async def wait_recovered(self) -> None:
+        await self.recovered.wait()
 
     async def list_images(self) -> list[ImageRecord]:
         self.list_calls += 1

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import asdict
 from pathlib import Path
 
 import trio
@@ -17,6 +18,7 @@ from lazyimg.core.identity import ImageRecord
 from lazyimg.daemon import process
 from lazyimg.daemon.filesystem import Filesystem
 from lazyimg.errors import LazyImgError
+from lazyimg.glance.client import GlanceClient
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.space import CacheSpace
@@ -31,6 +33,7 @@ class Answers:
 
     def __init__(
         self,
+        glance: GlanceClient,
         catalog: Catalog,
         space: CacheSpace,
         filesystem: Filesystem,
@@ -40,6 +43,7 @@ class Answers:
         view: str,
     ) -> None:
         self._started_at_s = time.time()
+        self._glance = glance
         self._catalog = catalog
         self._space = space
         self._filesystem = filesystem
@@ -70,6 +74,7 @@ class Answers:
             "fetched_bytes": totals.fetched_bytes,
             "retries": totals.retries,
             "unforeseen_errors": self._filesystem.unforeseen_errors,
+            "glance": asdict(self._glance.statistics()),
             "images": shown + refused,
         }
 

@@ -122,6 +122,7 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
             )
             await nursery.start(space.keep_room, catalog.busy_keys, catalog.try_evict)
             nursery.start_soon(_again_after_faults, _commit_now_and_then, catalog)
+            nursery.start_soon(_again_after_faults, glance.keep_probing)
             nursery.start_soon(_unmount_on_signals, handover.mountpoint)
             upper = Upper(upper_fd)
             owner = None if config.image_owner is None else parse_owner(config.image_owner)
@@ -132,7 +133,13 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
             pyfuse3.init(filesystem, resumption.mountpoint, set(pyfuse3.default_options))
             nursery.start_soon(_serve_fuse, config, resumption, nursery.cancel_scope)
             answers = Answers(
-                catalog, space, filesystem, nursery, mountpoint=handover.mountpoint, view=config.view
+                glance,
+                catalog,
+                space,
+                filesystem,
+                nursery,
+                mountpoint=handover.mountpoint,
+                view=config.view,
             )
             await _start_control(answers, config, nursery)
             if config.metrics_listen is not None:
@@ -166,6 +173,7 @@ def _make_glance(config: Config) -> GlanceClient:
         between_bytes_timeout_s=config.between_bytes_timeout,
         # Records and lists are asked while all flights are out.
         connections_max=config.requests_max + config.background_requests_max,
+        retry_pause_max_s=config.retry_pause_max,
     )
 
 

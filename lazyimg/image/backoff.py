@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -18,11 +19,17 @@ FAILURES_TOLD = 3
 
 
 class Backoff:
-    """The pauses of one image; one at a time, whoever failed first."""
+    """The pauses of one image; one at a time, whoever failed first.
 
-    def __init__(self, image_id: str, pause_max_s: float) -> None:
+    wait_recovered: returns when a Glance that did not answer does again, upon which a pause ends.
+    """
+
+    def __init__(
+        self, image_id: str, pause_max_s: float, wait_recovered: Callable[[], Awaitable[None]]
+    ) -> None:
         self._image_id = image_id
         self._pause_max_s = pause_max_s
+        self._wait_recovered = wait_recovered
         self._failures = 0
         self.is_paused = False
         self.retries = 0
@@ -40,13 +47,17 @@ class Backoff:
         pause_s = min(RETRY_PAUSE_MIN_S * 2 ** min(self._failures - 1, 20), self._pause_max_s)
         # Half of it by chance, so that many images and hosts do not come back at the same instant.
         pause_s *= random.uniform(0.5, 1)
+        wait_no_longer = self._wait_recovered
         if isinstance(error, GlanceUnavailable) and error.retry_after_s is not None:
             pause_s = min(max(pause_s, error.retry_after_s), self._pause_max_s)
+            # A server that names a time is not away: nothing ends this pause early.
+            wait_no_longer = trio.sleep_forever
         # A flight that a passing fault cost is normal operation; several in a row are not.
         level = logging.WARNING if self._failures == FAILURES_TOLD else logging.INFO
         logger.log(level, "image %s: %s; trying again in %.1f s", self._image_id, error, pause_s)
         self.is_paused = True
         try:
-            await trio.sleep(pause_s)
+            with trio.move_on_after(pause_s):
+                await wait_no_longer()
         finally:
             self.is_paused = False

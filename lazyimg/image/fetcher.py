@@ -75,7 +75,7 @@ class Fetcher:
         self._tables = tables
         self._slots = slots
         self._nursery = nursery
-        self._backoff = Backoff(image_id, retry_pause_max_s)
+        self._backoff = Backoff(image_id, retry_pause_max_s, glance.wait_recovered)
         self._plan = FetchPlan(request_bytes_max)
         self._wants = Wants(image_id, self._plan, view, read_timeout_s)
         self._arrivals = Arrivals(image_id, view, self._plan, self._wants, writer, tables, decoding, nursery)

@@ -17,6 +17,10 @@ class Glance(Protocol):
 
     async def image(self, image_id: str) -> ImageRecord: ...
 
+    async def wait_recovered(self) -> None:
+        """Wait until a Glance that did not answer does again."""
+        ...
+
     def open_range(
         self, image_id: str, start: int, stop: int, *, size_bytes: int
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...

@@ -20,6 +20,7 @@ from lazyimg.demo.glance import EmbeddedGlance, serve
 from lazyimg.errors import GlanceUnavailable, ImageForbidden, ImageNotFound, WholeBody
 from lazyimg.glance.auth import Access, NoAuth
 from lazyimg.glance.client import GlanceClient
+from lazyimg.glance.endpoints import HANGING_AFTER_S
 
 DATA = b"".join(number.to_bytes(8, "big") for number in range(100_000))
 SIZE = len(DATA)
@@ -187,7 +188,7 @@ async def test_hanging_endpoint_is_left_by_an_impatient_caller(here: Here) -> No
     listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
     silent = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
     async with listener, aclosing(make_client(silent, here.url, first_byte_timeout_s=60)) as client:
-        with trio.move_on_after(client_module.HANGING_AFTER_S + 0.1) as scope:
+        with trio.move_on_after(HANGING_AFTER_S + 0.1) as scope:
             await client.image(here.record.id)
         assert scope.cancelled_caught
         assert await client.image(here.record.id) == here.record

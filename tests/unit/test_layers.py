@@ -41,8 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 OWNERS: dict[str, set[str]] = {
     "pyfuse3": {"daemon"},
     "trio": {"daemon", "image", "glance", "store", "control", "demo", "cli"},
-    "httpx": {"glance.client", "control", "demo"},
-    "httpcore": {"glance.client"},
+    "httpx": {"glance.connections", "control", "demo"},
+    "httpcore": {"glance.connections"},
     "diskcache": {"store"},
     "xxhash": {"store"},
     "openstack": {"glance.auth"},
