@@ -120,12 +120,32 @@ def test_reader_waits_through_an_outage(
     glance.stop()
     starts = range(2 * MIB, 16 * MIB, 2 * MIB)
     reads = [mount.read_later(image, start, MIB) for start in starts]
-    wait_until(lambda: mount.status_of(image)["retries"] >= 2, "failed attempts")
+    wait_until(lambda: mount.status()["glance"]["is_down"], "the breaker")
+    (endpoint,) = mount.status()["glance"]["endpoints"]
+    assert endpoint["endpoint"] == glance.url
+    assert endpoint["state"] in ("open", "half-open")
+    assert "ConnectError" in endpoint["last_error"]
     assert not any(read.done() for read in reads)
     assert read_direct(path, 0, MIB) == image.content[:MIB], "what is here is read meanwhile"
     glance.start()
     for start, read in zip(starts, reads, strict=True):
         assert read.result(60) == image.content[start : start + MIB]
+    assert not mount.status()["glance"]["is_down"]
+
+
+def test_outage_ends_by_itself_while_nobody_reads(
+    make_mount: Callable[..., Mount], make_glance: Callable[..., ServedGlance]
+) -> None:
+    """[I6] While Glance is known to be down a lookup is answered at once; a probe that nobody asked for ends that."""
+    glance = make_glance()
+    image = glance.add(MIB)
+    mount = make_mount(glance)
+    glance.stop()
+    path = mount.path_of(image)
+    wait_until(lambda: not is_decided(path) and mount.status()["glance"]["is_down"], "the breaker")
+    glance.start()
+    wait_until(lambda: not mount.status()["glance"]["is_down"], "a probe", 20)
+    assert path.read_bytes() == image.content
 
 
 def test_read_over_its_limit_fails_and_the_next_tries_again(
