@@ -131,6 +131,17 @@ METRICS = (
         "Chunks that are wanted and have not come.",
         _of_images(lambda one: one.get("waiting_chunks", 0)),
     ),
+    _gauge("reads_in_flight", "Reads of guests that wait.", _field("reads_in_flight")),
+    _gauge("reads_hung", "Those that wait longer than 10 s.", _field("reads_hung")),
+    _gauge("oldest_read_seconds", "How long the oldest of them waits.", _field("oldest_read_s")),
+    _gauge(
+        "requests_in_flight",
+        "Requests of the kernel, of every kind, that wait.",
+        _field("requests_in_flight"),
+    ),
+    _gauge(
+        "requests_stuck", "Requests that a killed daemon took and nobody answers.", _field("requests_stuck")
+    ),
     _gauge("cache_full", "1 while guests are served without storing.", _field("cache_is_full")),
     _gauge("cache_used_bytes", "What images take on the cache disk.", _field("cache_used_bytes")),
     _counter(

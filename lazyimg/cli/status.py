@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,20 +14,27 @@ from lazyimg.cli.app import EXIT_CODES, ControlFlag, app, make_client, one_line
 if TYPE_CHECKING:
     from rich.table import Table
 
+# Rows of reads on a screen, the oldest; --json has more.
+READS_SHOWN_MAX = 20
+
 
 @app.command(epilog=EXIT_CODES)
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     control: ControlFlag = None,
 ) -> None:
-    """Show what the daemon holds; fails until the mount is up."""
+    """Show what the daemon holds, what hangs and what is at risk; fails until the mount is up."""
     answer = make_client(control).status()
     if as_json:
         print(json.dumps(answer))
         return
     from rich.console import Console
 
-    Console().print(_status_table(answer))
+    console = Console()
+    for line in _headlines(answer):
+        console.print(one_line(line), markup=False, highlight=False)
+    for table in _tables(answer):
+        console.print(table)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -35,17 +43,74 @@ def metrics(control: ControlFlag = None) -> None:
     print(make_client(control).metrics(), end="")
 
 
-def _status_table(answer: Mapping[str, Any]) -> Table:
+def _headlines(answer: Mapping[str, Any]) -> Iterator[str]:
+    """What a person must know first, a line each."""
+    age_s = time.time() - answer.get("started_at_s", time.time())
+    yield (
+        f"daemon {answer.get('daemon_pid')}, lazyimg {answer.get('version', '?')}, up {_duration(age_s)}: "
+        f"{answer.get('mountpoint')}, view {answer.get('view')}"
+    )
+    if answer.get("survives_kill") is False:
+        yield "this kernel does not send again what a killed daemon had taken: guests would hang (Linux 6.9 does)"
+    if answer.get("requests_stuck"):
+        yield f"{answer['requests_stuck']} requests are stuck in the kernel: a killed daemon took them"
+    if answer.get("cache_is_full"):
+        yield "the cache is full: guests are served without storing"
+    if answer.get("unforeseen_errors"):
+        yield f"{answer['unforeseen_errors']} requests failed by a fault of lazyimg's own: see the log"
+    at_risk = [image for image in answer.get("images", ()) if _is_at_risk(image)]
+    if at_risk:
+        yield f"{len(at_risk)} images at risk: open and not whole, their guests depend on Glance"
+    if answer.get("reads_hung"):
+        yield f"{answer['reads_hung']} reads hang, the oldest for {_duration(answer['oldest_read_s'])}"
+
+
+def _tables(answer: Mapping[str, Any]) -> Iterator[Table]:
+    reads = answer.get("reads", ())
+    if reads:
+        yield _reads_table(reads[:READS_SHOWN_MAX], answer.get("reads_in_flight", len(reads)))
+    images = answer.get("images", ())
+    at_risk = [image for image in images if _is_at_risk(image)]
+    if at_risk:
+        yield _images_table("images at risk", at_risk)
+    yield _images_table("images", [image for image in images if not _is_at_risk(image)])
+
+
+def _is_at_risk(image: Mapping[str, Any]) -> bool:
+    return bool(image.get("open_handles", 0) and image.get("present_bytes", 0) < image.get("size_bytes", 0))
+
+
+def _reads_table(reads: Sequence[Mapping[str, Any]], count: int) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"the oldest {len(reads)} of {count} reads that wait", title_justify="left")
+    for heading in ("image", "waits for"):
+        table.add_column(heading)
+    for heading in ("start", "bytes", "age", "retries"):
+        table.add_column(heading, justify="right")
+    for read in reads:
+        table.add_row(
+            one_line(str(read.get("image") or "(upper folder)")),
+            one_line(str(read.get("waits_for"))),
+            str(read.get("start")),
+            str(read.get("stop", 0) - read.get("start", 0)),
+            _duration(read.get("age_s", 0)),
+            str(read.get("retries")),
+        )
+    return table
+
+
+def _images_table(title: str, images: Sequence[Mapping[str, Any]]) -> Table:
     from rich.filesize import decimal
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"daemon {answer.get('daemon_pid')}", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for heading in ("image", "name", "state", "source"):
         table.add_column(heading)
     for heading in ("size", "present", "fetched", "requests", "open"):
         table.add_column(heading, justify="right")
-    for image in answer.get("images", ()):
+    for image in images:
         words = (image.get(key) for key in ("id", "name", "state", "source"))
         sizes = (image.get(key) for key in ("size_bytes", "present_bytes", "fetched_bytes"))
         counts = (image.get(key) for key in ("requests", "open_handles"))
@@ -56,3 +121,10 @@ def _status_table(answer: Mapping[str, Any]) -> Table:
             *(str(count) for count in counts),
         )
     return table
+
+
+def _duration(seconds: float) -> str:
+    for unit, unit_s in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * unit_s:
+            return f"{seconds / unit_s:.0f} {unit}"
+    return f"{seconds:.1f} s"

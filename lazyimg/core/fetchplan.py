@@ -75,6 +75,9 @@ class FetchPlan:
         """True if the piece is wanted or in flight: nobody needs to ask for it again."""
         return piece in self._in_flight or piece in self._urgent or piece in self._background
 
+    def is_in_flight(self, piece: Piece) -> bool:
+        return piece in self._in_flight
+
     def want(self, pieces: Iterable[Piece], *, urgent: bool) -> None:
         """Ask for pieces.  One in flight stays as it is; one wanted in the background may become urgent."""
         for piece in pieces:

@@ -15,8 +15,9 @@ from lazyimg import __version__
 from lazyimg.control.messages import ImageFacts, Progress
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES
 from lazyimg.core.identity import ImageRecord
+from lazyimg.core.kernel import can_resend
 from lazyimg.daemon import process
-from lazyimg.daemon.filesystem import Filesystem
+from lazyimg.daemon.inflight import InFlight, StuckRequests
 from lazyimg.errors import LazyImgError
 from lazyimg.glance.client import GlanceClient
 from lazyimg.image.catalog import Catalog
@@ -36,7 +37,8 @@ class Answers:
         glance: GlanceClient,
         catalog: Catalog,
         space: CacheSpace,
-        filesystem: Filesystem,
+        in_flight: InFlight,
+        stuck: StuckRequests,
         nursery: trio.Nursery,
         *,
         mountpoint: Path,
@@ -46,7 +48,8 @@ class Answers:
         self._glance = glance
         self._catalog = catalog
         self._space = space
-        self._filesystem = filesystem
+        self._in_flight = in_flight
+        self._stuck = stuck
         self._nursery = nursery
         self._mountpoint = mountpoint
         self._view = view
@@ -60,6 +63,7 @@ class Answers:
         refused = [_refused_status(record, reason) for record, reason in self._catalog.refusals()]
         totals = self._catalog.fetch_totals()
         own = process.statistics()
+        asked = self._in_flight.statistics()
         return {
             "daemon_pid": os.getpid(),
             "version": __version__,
@@ -73,7 +77,14 @@ class Answers:
             "requests": totals.requests,
             "fetched_bytes": totals.fetched_bytes,
             "retries": totals.retries,
-            "unforeseen_errors": self._filesystem.unforeseen_errors,
+            "unforeseen_errors": asked.unforeseen_errors,
+            "survives_kill": can_resend(os.uname().release),
+            "requests_in_flight": asked.in_flight,
+            "requests_stuck": self._stuck.count,
+            "reads_in_flight": asked.reads_in_flight,
+            "reads_hung": asked.reads_hung,
+            "oldest_read_s": asked.oldest_read_s,
+            "reads": [asdict(read) for read in asked.reads],
             "glance": asdict(self._glance.statistics()),
             "images": shown + refused,
         }

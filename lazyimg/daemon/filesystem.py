@@ -20,6 +20,7 @@ import pyfuse3
 import trio
 
 from lazyimg.daemon.attributes import statistics_data, upper_attributes
+from lazyimg.daemon.inflight import InFlight
 from lazyimg.daemon.lazyfiles import LazyFiles
 from lazyimg.daemon.upper import INODE_BIT, ROOT_INODE, Caller, Change, Upper
 from lazyimg.errors import (
@@ -65,6 +66,7 @@ def _never_raises(
 
     @functools.wraps(handler)
     async def wrapped(self: Filesystem, *args: P.args, **kwargs: P.kwargs) -> T:
+        self.in_flight.count += 1
         try:
             return await handler(self, *args, **kwargs)
         except pyfuse3.FUSEError:
@@ -77,9 +79,11 @@ def _never_raises(
         except OSError as exc:
             raise pyfuse3.FUSEError(exc.errno or errno.EIO) from None
         except Exception:
-            self.unforeseen_errors += 1
+            self.in_flight.unforeseen_errors += 1
             logger.exception("%s failed in an unforeseen way; answered EIO", handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from None
+        finally:
+            self.in_flight.count -= 1
 
     return wrapped  # type: ignore[return-value]  # mypy's _Wrapped is not the callable it stands for
 
@@ -104,8 +108,7 @@ class Filesystem(pyfuse3.Operations):
         self._upper = upper
         self._upper_limiter = upper_limiter
         self._take_over = take_over
-        # Requests that a fault of our own failed, since the daemon started.
-        self.unforeseen_errors = 0
+        self.in_flight = InFlight(lazy.images)
 
     def init(self) -> None:
         self._take_over()
@@ -120,7 +123,7 @@ class Filesystem(pyfuse3.Operations):
             try:
                 data = image.read_nowait(off, size)
             except Exception:
-                self.unforeseen_errors += 1
+                self.in_flight.unforeseen_errors += 1
                 logger.exception("read_nowait failed in an unforeseen way; reading in a thread")
                 data = None
             if data is not None:
@@ -129,10 +132,14 @@ class Filesystem(pyfuse3.Operations):
 
     @_never_raises
     async def _read_slow(self, inode: int, start: int, size_bytes: int) -> bytes:
-        if inode & INODE_BIT:
-            return await self._in_upper(self._upper.files.read, inode, start, size_bytes)
-        image = await self._lazy.image(inode)
-        return await image.read(start, size_bytes)
+        read = self.in_flight.begin_read(inode, start, size_bytes)
+        try:
+            if inode & INODE_BIT:
+                return await self._in_upper(self._upper.files.read, inode, start, size_bytes)
+            image = await self._lazy.image(inode)
+            return await image.read(start, size_bytes)
+        finally:
+            self.in_flight.end_read(read)
 
     # ── looking ──
 

@@ -23,6 +23,7 @@ from lazyimg.daemon.answers import Answers
 from lazyimg.daemon.filesystem import Filesystem
 from lazyimg.daemon.handshake import Resumption
 from lazyimg.daemon.holder import LISTEN_FDS_START, Handover
+from lazyimg.daemon.inflight import StuckRequests
 from lazyimg.daemon.lazyfiles import LazyFiles, parse_owner
 from lazyimg.daemon.loop import quicken
 from lazyimg.daemon.notify import notify
@@ -132,11 +133,14 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
             )
             pyfuse3.init(filesystem, resumption.mountpoint, set(pyfuse3.default_options))
             nursery.start_soon(_serve_fuse, config, resumption, nursery.cancel_scope)
+            stuck = StuckRequests(_waiting_path(handover.mountpoint), fuse_fd, filesystem.in_flight)
+            nursery.start_soon(_again_after_faults, stuck.watch)
             answers = Answers(
                 glance,
                 catalog,
                 space,
-                filesystem,
+                filesystem.in_flight,
+                stuck,
                 nursery,
                 mountpoint=handover.mountpoint,
                 view=config.view,
@@ -186,6 +190,12 @@ async def _serve_fuse(config: Config, resumption: Resumption, scope: trio.Cancel
     finally:
         pyfuse3.close(unmount=False)
         scope.cancel()
+
+
+def _waiting_path(where: Path) -> Path:
+    """Return where the kernel says how many requests of this mount wait (Documentation/filesystems/fuse.rst)."""
+    connection = (mountpoint.device_of(where) or "0:none").partition(":")[2]
+    return Path("/sys/fs/fuse/connections", connection, "waiting")
 
 
 async def _start_control(answers: Answers, config: Config, nursery: trio.Nursery) -> None:

@@ -30,7 +30,7 @@ from lazyimg.image.slots import FlightSlots
 from lazyimg.image.source import Cutter, Glance, SourceKind
 from lazyimg.image.tablestore import TableStore
 from lazyimg.image.view import View
-from lazyimg.image.want import Want, Wants
+from lazyimg.image.want import Cause, Want, Wants
 from lazyimg.image.writer import Writer
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,10 @@ class Fetcher:
         error = None if self._wants.last_error is None else str(self._wants.last_error)
         retries = self._backoff.retries
         return FetchStatistics(self._requests, self._fetched_bytes, retries, len(self._wants), error)
+
+    def waits_for(self, chunks: Iterable[int]) -> Cause | None:
+        """Say what keeps these chunks from coming, None if nobody waits here for any of them."""
+        return self._wants.cause(chunks, is_streaming=self._is_streaming, is_paused=self._backoff.is_paused)
 
     async def fetch(
         self,

@@ -18,6 +18,7 @@ from lazyimg.core.identity import ImageRecord
 from lazyimg.errors import ChunkAbsent, ChunkDamaged
 from lazyimg.image.fetcher import Fetcher, FetchStatistics
 from lazyimg.image.prefetcher import Prefetcher
+from lazyimg.image.want import Cause
 from lazyimg.store.chunkfile import ChunkFile
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,10 @@ class LazyImage:
     def statistics(self) -> ImageStatistics:
         """Return a snapshot of this image's state and counters."""
         return ImageStatistics(self.present_bytes, self.open_handles, self.fetcher.statistics())
+
+    def waits_for(self, start: int, stop: int) -> Cause | Literal["cache"]:
+        """Say what a read of this range that has not returned waits for; what is not being fetched is on the disk."""
+        return self.fetcher.waits_for(chunks_of(start, min(stop, self.size_bytes))) or "cache"
 
     def opened(self) -> None:
         """A handle was opened."""

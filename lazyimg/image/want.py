@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import trio
 
@@ -17,6 +17,9 @@ from lazyimg.core.fetchplan import FetchPlan, Piece
 from lazyimg.errors import LazyImgError, ReadTimeout
 from lazyimg.image.view import View
 
+# Why chunks have not come: a request for them is out; a pause after a failure; all requests that may be out are;
+# a stream that has not come so far; the tables that say where they are.
+Cause = Literal["glance", "retry", "slot", "stream", "tables"]
 # A chunk by its number, a table by its piece.
 Key = TypeVar("Key", int, Piece)
 
@@ -84,6 +87,17 @@ class Wants:
         want.is_urgent |= urgent
         want.waiters += 1
         return want
+
+    def cause(self, chunks: Iterable[int], *, is_streaming: bool, is_paused: bool) -> Cause | None:
+        """Say what keeps these chunks from coming, None if nobody waits for any of them or for a table."""
+        wants = [want for chunk in chunks if (want := self._wants.get(chunk)) is not None]
+        if not wants:
+            return "tables" if any(not isinstance(key, int) for key in self._wants) else None
+        if is_streaming:
+            return "stream"
+        if any(self._plan.is_in_flight(piece) for want in wants for piece in want.pieces):
+            return "glance"
+        return "retry" if is_paused else "slot"
 
     def leave(self, wants: Mapping[Key, Want]) -> None:
         """Take one waiter off each; what nobody waits for and no flight brings is no longer wanted."""

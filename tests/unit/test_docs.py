@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import lazyimg
 from lazyimg import errors
 from lazyimg.config import Config
+from lazyimg.daemon.inflight import ReadInFlight
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -97,7 +99,10 @@ def test_every_status_field_is_documented() -> None:
     """docs/operations.md explains each key that the daemon puts into its status, and no other."""
     package = Path(lazyimg.__file__).parent
     answers = (package / "daemon" / "answers.py").read_text()
-    keys = set(re.findall(r'^\s+"(\w+)": ', answers, re.MULTILINE)) | set(re.findall(r'\{"(\w+)": ', answers))
+    keys = {field.name for field in dataclasses.fields(ReadInFlight)}
+    keys |= set(re.findall(r'^\s+"(\w+)": ', answers, re.MULTILINE)) | set(
+        re.findall(r'\{"(\w+)": ', answers)
+    )
     table = (ROOT / "docs/operations.md").read_text().partition("| Field | Meaning |")[2].partition("\n\n")[0]
     documented = {
         field

@@ -38,6 +38,11 @@ STATUS: dict[str, Any] = {
     "fetched_bytes": 70,
     "retries": 2,
     "unforeseen_errors": 1,
+    "reads_in_flight": 9,
+    "reads_hung": 4,
+    "oldest_read_s": 12.5,
+    "requests_in_flight": 11,
+    "requests_stuck": 5,
     "images": [
         image("lazy", 100, 30, open_handles=2, waiting_chunks=3),
         image("lazy", 100, 40),
@@ -78,6 +83,11 @@ def scraped(status: dict[str, Any]) -> dict[tuple[str, ...], float]:
         (("cache_full",), 1),
         (("cache_used_bytes",), 1 << 40),
         (("unforeseen_errors_total",), 1),
+        (("reads_in_flight",), 9),
+        (("reads_hung",), 4),
+        (("oldest_read_seconds",), 12.5),
+        (("requests_in_flight",), 11),
+        (("requests_stuck",), 5),
     ],
 )
 def test_each_metric_says_what_status_says(sample: tuple[str, ...], value: float) -> None:
