@@ -105,8 +105,14 @@ class Config(BaseModel):
     # Bytes received and not yet written to the cache.
     write_buffer_max: ByteSize = ByteSize(64 << 20)
 
+    # ── how images become whole ──
+    # The rest of an image that is open is fetched in the background, this long after the last want of a guest's, and
+    # at most so many bytes a second for all images together; 0: no limit.
+    hydrate: bool = True
+    hydrate_delay: Annotated[float, Field(ge=0, le=86400)] = 30
+    hydrate_rate: ByteSize = ByteSize(0)
+
     # ── not built yet: only false is possible ──
-    hydrate: bool = False
     graduate: bool = False
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -137,7 +143,7 @@ class Config(BaseModel):
             host_and_port(value)
         return value
 
-    @field_validator("hydrate", "graduate")
+    @field_validator("graduate")
     @classmethod
     def _is_built(cls, value: bool) -> bool:
         if value:

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import trio
 from store_images import content, image_entry
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from lazyimg.core.identity import ImageRecord
 from lazyimg.core.readahead import Readahead
@@ -279,6 +280,20 @@ class ImageRig:
             negative_ttl_s=2,
             is_resumed=is_resumed,
         )
+
+    async def settle(self) -> None:
+        """Return when every task waits for the clock, for a gate, or for ever: no thread works for any image."""
+        await wait_all_tasks_blocked()
+        limiters = (self.read_limiter, self.write_limiter, self.hash_limiter, self.decoding)
+        while any(limiter.borrowed_tokens for limiter in limiters):
+            await wait_all_tasks_blocked(0.001)
+
+    async def pass_time(self, clock: MockClock, seconds: int) -> None:
+        """Let the clock go on second by second, and what is due then be done."""
+        for _ in range(seconds):
+            await self.settle()
+            clock.jump(1)
+        await self.settle()
 
     async def wait_written(self) -> None:
         """Wait until all that arrived is on file or given up."""

@@ -59,7 +59,10 @@ class Answers:
 
         Asks neither Glance nor a disk, so that it answers whatever hangs.
         """
-        shown = [_image_status(entry, image) for entry, image in self._catalog.entries()]
+        shown = [
+            _image_status(entry, image, is_held=self._catalog.is_held(entry.key))
+            for entry, image in self._catalog.entries()
+        ]
         refused = [_refused_status(record, reason) for record, reason in self._catalog.refusals()]
         totals = self._catalog.fetch_totals()
         own = process.statistics()
@@ -192,7 +195,7 @@ class Answers:
             scope.cancel()
 
 
-def _image_status(entry: ImageEntry, image: LazyImage | None) -> dict[str, object]:
+def _image_status(entry: ImageEntry, image: LazyImage | None, *, is_held: bool) -> dict[str, object]:
     record = entry.record
     present_bytes = min(entry.present_count * CHUNK_SIZE_BYTES, entry.size_bytes)
     fields: dict[str, object] = {
@@ -221,7 +224,13 @@ def _image_status(entry: ImageEntry, image: LazyImage | None) -> dict[str, objec
         present_bytes = now.present_bytes
     if state == "active":
         state = "whole" if present_bytes == entry.size_bytes else "lazy"
-    return fields | {"state": state}
+    missing_bytes = entry.size_bytes - present_bytes
+    return fields | {
+        "state": state,
+        "missing_bytes": missing_bytes,
+        # Its guests depend on Glance having it.
+        "at_risk": is_held and missing_bytes > 0,
+    }
 
 
 def _refused_status(record: ImageRecord, reason: str) -> dict[str, object]:
@@ -236,4 +245,6 @@ def _refused_status(record: ImageRecord, reason: str) -> dict[str, object]:
         "open_handles": 0,
         "state": "refused",
         "reason": reason,
+        "missing_bytes": record.size_bytes or 0,
+        "at_risk": False,
     }

@@ -32,6 +32,7 @@ from lazyimg.errors import ConfigError, InUse, LazyImgError
 from lazyimg.glance.auth import make_auth
 from lazyimg.glance.client import GlanceClient
 from lazyimg.image.catalog import Catalog
+from lazyimg.image.hydrator import Hydrator
 from lazyimg.image.maker import FetchLimits, ImageMaker, Shared
 from lazyimg.image.slots import ByteBudget, FlightSlots
 from lazyimg.image.space import CacheSpace
@@ -124,6 +125,11 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
             await nursery.start(space.keep_room, catalog.busy_keys, catalog.try_evict)
             nursery.start_soon(_again_after_faults, _commit_now_and_then, catalog)
             nursery.start_soon(_again_after_faults, glance.keep_probing)
+            if config.hydrate:
+                hydrator = Hydrator(
+                    catalog, space, delay_s=config.hydrate_delay, bytes_per_s=config.hydrate_rate
+                )
+                nursery.start_soon(_again_after_faults, hydrator.run)
             nursery.start_soon(_unmount_on_signals, handover.mountpoint)
             upper = Upper(upper_fd)
             owner = None if config.image_owner is None else parse_owner(config.image_owner)

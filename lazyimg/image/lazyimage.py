@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 READ_ROUNDS_MAX = 3
 # Fetched in one go by `prefetch`; as many requests as background work may have out.
 PREFETCH_BYTES = 32 << 20
+# Looked through at once for what is absent.
+PART_CHUNKS = 1024
 
 SourceHash = Literal["match", "mismatch", "unknown"]
 
@@ -64,6 +66,11 @@ class LazyImage:
         self.open_handles = 0
         # True once the image was evicted: its descriptor's number may be another file's by now.
         self.is_dropped = False
+        # When somebody last waited for bytes of it, on trio's clock.
+        self.last_wanted_s = trio.current_time()
+        self._released = trio.Event()
+        # Where `hydrate` goes on looking for what is absent.
+        self._hydrated_chunk = 0
         self._file = file
         self._prefetcher = prefetcher
         self._read_limiter = read_limiter
@@ -85,6 +92,10 @@ class LazyImage:
     def present_bytes(self) -> int:
         return min(self._file.present_count * CHUNK_SIZE_BYTES, self.size_bytes)
 
+    @property
+    def missing_bytes(self) -> int:
+        return self.size_bytes - self.present_bytes
+
     def statistics(self) -> ImageStatistics:
         """Return a snapshot of this image's state and counters."""
         return ImageStatistics(self.present_bytes, self.open_handles, self.fetcher.statistics())
@@ -96,16 +107,24 @@ class LazyImage:
     def opened(self) -> None:
         """A handle was opened."""
         self.open_handles += 1
+        if self._released.is_set():
+            self._released = trio.Event()
 
     def closed(self) -> None:
         """A handle was released; with the last one, nothing more is fetched ahead."""
         self.open_handles = max(0, self.open_handles - 1)
         if not self.open_handles:
+            self._released.set()
             self.fetcher.abandon_background()
+
+    async def wait_released(self) -> None:
+        """Wait until the last handle that is known of is released, or the image dropped."""
+        await self._released.wait()
 
     def drop(self) -> None:
         """End all work on the image before its chunk file is closed; it must not be read any more."""
         self.is_dropped = True
+        self._released.set()
         self.fetcher.stop()
 
     def read_nowait(self, start: int, size_bytes: int) -> bytes | memoryview | None:
@@ -122,6 +141,7 @@ class LazyImage:
         if data is not None and not self._file.is_whole:
             ahead = self._prefetcher.after_hit(start, stop)
             if ahead:
+                self.last_wanted_s = trio.current_time()
                 self.fetcher.want_background(ahead)
         return data
 
@@ -140,7 +160,9 @@ class LazyImage:
             if missing:
                 ahead = [] if for_lookup else self._prefetcher.after_miss(start, stop)
                 # No `await` between `_absent` and here: a chunk that arrives meanwhile would be fetched twice.
+                self.last_wanted_s = trio.current_time()
                 fetched.update(await self.fetcher.fetch(missing, ahead=ahead, for_lookup=for_lookup))
+                self.last_wanted_s = trio.current_time()
             try:
                 return await self._assemble(start, stop, fetched)
             except (ChunkAbsent, ChunkDamaged):
@@ -161,6 +183,26 @@ class LazyImage:
                 await self.fetcher.fetch(absent, urgent=False)
                 await self.fetcher.wait_written()
             yield stop
+
+    async def hydrate(self, bytes_max: int) -> None:
+        """Fetch, in the background, some of what is absent, the part after that of the last call.
+
+        Waits as `Fetcher.fetch` does where nobody is in a hurry, and raises what it does.
+        """
+        chunks_max = max(1, bytes_max // CHUNK_SIZE_BYTES)
+        for chunks in self._parts_from(self._hydrated_chunk):
+            absent = (await self._absent(chunks))[:chunks_max]
+            if absent:
+                self._hydrated_chunk = absent[-1] + 1
+                await self.fetcher.fetch(absent, urgent=False)
+                await self.fetcher.wait_written()
+                return
+
+    def _parts_from(self, first: int) -> Iterator[range]:
+        """Yield all chunks in parts, those from `first` on before the others."""
+        for start, stop in ((first, self._file.chunk_count), (0, first)):
+            for part in range(start, stop, PART_CHUNKS):
+                yield range(part, min(part + PART_CHUNKS, stop))
 
     async def commit(self) -> None:
         """Make what was written durable.  A failure is logged: those chunks are fetched again."""

@@ -57,6 +57,10 @@ class OpenImages:
     def all(self) -> list[LazyImage]:
         return list(self._images.values())
 
+    def held_keys(self) -> set[str]:
+        """Return the images that guests hold open, or may since a daemon before this one."""
+        return {key for key, image in self._images.items() if image.open_handles} | self._maybe_open
+
     def totals(self) -> FetchTotals:
         """Return what all images cost since the daemon started."""
         totals = self._closed_totals

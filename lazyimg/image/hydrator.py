@@ -1,0 +1,137 @@
+"""Fetches the rest of images in use, in the background, so that their guests no longer depend on Glance.
+
+One image at a time and of it one request's worth at a time, those that miss least first: so the fewest guests are
+at risk.  Guards I4: it begins nothing while anybody waits for bytes, of whatever image; a step is as long as the
+network takes about half a second for, so that no reader finds more than that in its way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import trio
+
+from lazyimg.core.chunks import CHUNK_SIZE_BYTES
+from lazyimg.core.pace import Pace
+from lazyimg.errors import LazyImgError
+from lazyimg.image.lazyimage import LazyImage
+
+logger = logging.getLogger(__name__)
+
+# What is due is looked for this often.
+LOOK_INTERVAL_S = 1.0
+# Nothing is begun this soon after an urgent want of any image.
+QUIET_S = 1.0
+# A step begins small and grows or shrinks until it takes between these.
+STEP_BYTES_MIN, STEP_BYTES_MAX = CHUNK_SIZE_BYTES, 8 << 20
+STEP_BYTES_FIRST = 1 << 20
+STEP_SHORT_S, STEP_LONG_S = 0.25, 1.0
+# An image from which nothing came for so long, or that failed, makes way for the others for a while.
+STEP_LIMIT_S = 60.0
+SET_ASIDE_S = 60.0
+# A property of an image's in Glance that keeps it from being hydrated, when it says one of these.
+PROPERTY = "lazyimg_hydrate"
+OFF = frozenset({"false", "no", "off", "0"})
+
+
+class HeldImages(Protocol):
+    """What the hydrator needs of the catalog."""
+
+    def open_images(self) -> list[LazyImage]:
+        """Return the images whose chunk file is open."""
+
+    async def held_images(self) -> list[LazyImage]:
+        """Return the images that guests hold open."""
+
+
+class Room(Protocol):
+    """What the hydrator needs of the cache's space."""
+
+    @property
+    def is_full(self) -> bool:
+        """True while nothing is stored."""
+
+
+class Hydrator:
+    """The background work of a daemon that makes its images whole."""
+
+    def __init__(self, images: HeldImages, room: Room, *, delay_s: float, bytes_per_s: int) -> None:
+        """delay_s: from an image's last urgent want.  bytes_per_s: fetched for all images together, 0 for no limit."""
+        self._images = images
+        self._room = room
+        self._delay_s = delay_s
+        self._pace = Pace(bytes_per_s)
+        # No more than a second's worth: a rate is no leave for bursts.
+        second_bytes = max(bytes_per_s, STEP_BYTES_MIN) if bytes_per_s else STEP_BYTES_MAX
+        self._step_bytes_max = min(STEP_BYTES_MAX, second_bytes)
+        self._step_bytes = min(STEP_BYTES_FIRST, self._step_bytes_max)
+        # By inode; only of images that are held.
+        self._set_aside_until: dict[int, float] = {}
+
+    async def run(self) -> None:
+        """Hydrate until cancelled."""
+        while True:
+            await trio.sleep(self._pace.wait_s(trio.current_time()))
+            image = self._next_nowait(await self._images.held_images())
+            if image is None:
+                await trio.sleep(LOOK_INTERVAL_S)
+            else:
+                await self._hydrate(image)
+
+    def _next_nowait(self, held: list[LazyImage]) -> LazyImage | None:
+        """Return the image to go on with, None when there is nothing to do now."""
+        now_s = trio.current_time()
+        inodes = {image.inode for image in held}
+        self._set_aside_until = {
+            inode: until_s
+            for inode, until_s in self._set_aside_until.items()
+            if until_s > now_s and inode in inodes
+        }
+        if self._room.is_full or any(now_s - i.last_wanted_s < QUIET_S for i in self._images.open_images()):
+            return None
+        due = [
+            image
+            for image in held
+            if not image.is_whole
+            and is_hydrated(image)
+            and now_s - image.last_wanted_s >= self._delay_s
+            and image.inode not in self._set_aside_until
+        ]
+        return min(due, key=lambda image: (image.missing_bytes, image.inode), default=None)
+
+    async def _hydrate(self, image: LazyImage) -> None:
+        """Fetch a step's worth of one image, unless it is released meanwhile."""
+        began_s = trio.current_time()
+        missing_bytes = image.missing_bytes
+        fetched_bytes = image.statistics().fetch.fetched_bytes
+        with trio.move_on_after(STEP_LIMIT_S) as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_then_cancel, image.wait_released, nursery.cancel_scope)
+                try:
+                    await image.hydrate(self._step_bytes)
+                except (LazyImgError, OSError) as exc:
+                    logger.info("image %s: not hydrated for now: %s", image.record.id, exc)
+                nursery.cancel_scope.cancel()
+        now_s = trio.current_time()
+        self._pace.spend(image.statistics().fetch.fetched_bytes - fetched_bytes, now_s)
+        if image.missing_bytes >= missing_bytes:
+            self._set_aside_until[image.inode] = now_s + SET_ASIDE_S
+        elif scope.cancelled_caught or now_s - began_s > STEP_LONG_S:
+            self._step_bytes = max(self._step_bytes // 2, STEP_BYTES_MIN)
+        elif now_s - began_s < STEP_SHORT_S:
+            self._step_bytes = min(self._step_bytes * 2, self._step_bytes_max)
+        if image.is_whole:
+            await image.commit()
+            logger.info("image %s: all of it is here; its guests depend on Glance no longer", image.record.id)
+
+
+def is_hydrated(image: LazyImage) -> bool:
+    """True unless the image's own property says otherwise."""
+    return image.record.properties.get(PROPERTY, "").strip().lower() not in OFF
+
+
+async def _then_cancel(wait: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+    await wait()
+    scope.cancel()
