@@ -14,12 +14,15 @@ ENTRY_TIMEOUT_S = 1
 ATTR_TIMEOUT_S = 1
 _LINK_MODE = stat.S_IFLNK | 0o777
 _BLOCK_BYTES = 512
+# The size in which programs that ask (st_blksize) read and write, and Python's buffered files: a request each, of the
+# largest size that libfuse takes.  Nova's download writes 64 KiB at a time, of which a request takes as long as two.
+_PREFERRED_BYTES = 1 << 20
 
 
 def upper_attributes(found: Found) -> pyfuse3.EntryAttributes:
     """Return a real file's attributes."""
     attributes = _attributes(found.inode, found.attributes.st_mode, found.attributes.st_size)
-    for name in ("st_nlink", "st_uid", "st_gid", "st_rdev", "st_blksize", "st_blocks"):
+    for name in ("st_nlink", "st_uid", "st_gid", "st_rdev", "st_blocks"):
         setattr(attributes, name, getattr(found.attributes, name))
     for name in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns"):
         setattr(attributes, name, getattr(found.attributes, name))
@@ -66,7 +69,7 @@ def _attributes(inode: int, mode: int, size_bytes: int) -> pyfuse3.EntryAttribut
     attributes.st_mode = mode
     attributes.st_nlink = 1
     attributes.st_size = size_bytes
-    attributes.st_blksize = 1 << 16
+    attributes.st_blksize = _PREFERRED_BYTES
     attributes.entry_timeout = ENTRY_TIMEOUT_S
     attributes.attr_timeout = ATTR_TIMEOUT_S
     return attributes

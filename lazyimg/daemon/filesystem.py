@@ -218,10 +218,10 @@ class Filesystem(pyfuse3.Operations):
     @_never_raises
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if inode & INODE_BIT:
-            await self._in_upper(
+            is_direct = await self._in_upper(
                 functools.partial(self._upper.files.open, by_root=ctx.uid == 0), inode, flags
             )
-            return pyfuse3.FileInfo(fh=inode, keep_cache=False)
+            return pyfuse3.FileInfo(fh=inode, keep_cache=False, direct_io=is_direct)
         await self._lazy.open(inode, flags)
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
@@ -257,12 +257,13 @@ class Filesystem(pyfuse3.Operations):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        is_exclusive = bool(flags & os.O_EXCL)
-        if is_exclusive:
+        if flags & os.O_EXCL:
             self._refuse_shown(parent_inode, name)
-        make = functools.partial(self._upper.create, is_exclusive=is_exclusive)
-        found = await self._in_upper(make, parent_inode, name, mode, _caller(ctx))
-        return pyfuse3.FileInfo(fh=found.inode, keep_cache=False), upper_attributes(found)
+        found, is_direct = await self._in_upper(
+            self._upper.create, parent_inode, name, mode, flags, _caller(ctx)
+        )
+        opened = pyfuse3.FileInfo(fh=found.inode, keep_cache=False, direct_io=is_direct)
+        return opened, upper_attributes(found)
 
     @_never_raises
     async def mknod(

@@ -18,8 +18,10 @@ RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _AT_EMPTY_PATH = 0x1000
 _CLONE_FS = 0x200
+_SYNC_FILE_RANGE_WRITE = 2
 _UTIME_OMIT = (1 << 30) - 2
 # <linux/capability.h>: the header of version 3, for the calling thread, then two sets of three words.
 _CAPABILITY_VERSION = 0x20080522
@@ -71,6 +73,11 @@ def set_times(path: str, atime_ns: int | None, mtime_ns: int | None) -> None:
     """Set one or both times of a file, None leaving one as it is (utimensat(2))."""
     times = _Timespecs(_timespec(atime_ns), _timespec(mtime_ns))
     _check(_libc.utimensat(-1, os.fsencode(path), times, 0))
+
+
+def begin_writing_out(fd: int, start: int, stop: int) -> None:
+    """Begin to write `[start, stop)` of a file to disk, which makes nothing durable (sync_file_range(2))."""
+    _check(_libc.sync_file_range(fd, start, stop - start, _SYNC_FILE_RANGE_WRITE))
 
 
 @contextlib.contextmanager

@@ -101,19 +101,19 @@ class Upper:
 
     # ── making ──
 
-    def create(self, parent: int, name: bytes, mode: int, caller: Caller, *, is_exclusive: bool) -> Found:
-        """Make a file and open it for reading and writing, as one handle.
+    def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Found, bool]:
+        """Make a file and open it as one handle; also return whether that is a direct one.
 
-        One that somebody else made a moment ago is not opened here, since the kernel has not judged it: ESTALE
-        sends the kernel back to look the name up.
+        flags: as of open(2), of which the way of access and O_EXCL matter.  A file that somebody else made a moment
+        ago is not opened here, since the kernel has not judged it: ESTALE sends the kernel back to look the name up.
         """
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        ours = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with self._nodes.descriptor(parent) as folder:
             try:
                 with linux.creating_as(caller.uid, caller.gid):
-                    fd = os.open(name, flags, mode, dir_fd=folder)
+                    fd = os.open(name, ours, mode, dir_fd=folder)
             except FileExistsError:
-                if is_exclusive:
+                if flags & os.O_EXCL:
                     raise
                 raise OSError(errno.ESTALE, "made by somebody else") from None
         try:
@@ -121,8 +121,7 @@ class Upper:
         except OSError:
             os.close(fd)
             raise
-        self.files.created(found.inode, fd)
-        return found
+        return found, self.files.created(found.inode, fd, flags)
 
     def make_node(self, parent: int, name: bytes, mode: int, caller: Caller) -> Found:
         """Make a file, a named pipe or a socket without opening it."""

@@ -9,24 +9,41 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lazyimg.daemon import linux
 from lazyimg.daemon.uppernodes import UpperNodes
 
 _NO_FD = -1
+# Sequential writes are written out in runs of this: long enough for a disk, and the copies of a download, each the
+# work of two processes, and the disk's work then overlap.
+WRITE_OUT_BYTES = 8 << 20
+_SET_IDS = stat.S_ISUID | stat.S_ISGID
+# From Linux 6.6 on what a direct handle writes is thrown out of the page cache (fuse_direct_io in fs/fuse/file.c);
+# before, another handle of the file would go on reading what was there.
+DIRECT_KERNEL_MIN = (6, 6)
+IS_DIRECT_COHERENT = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= DIRECT_KERNEL_MIN
 
 
 @dataclass(slots=True)
 class _File:
-    """Descriptors of one file, its handles as far as they are known, and the threads that use it now."""
+    """Descriptors of one file, its handles as far as they are known, and the threads that use it now.
+
+    may_be_direct: one of its handles is direct, or was opened under an earlier daemon and may be so.
+    run_start, run_stop: what was written from end to end, and the kernel was not told to write out.
+    """
 
     read_fd: int = _NO_FD
     write_fd: int = _NO_FD
     handles: int = 0
     users: int = 0
+    may_be_direct: bool = False
+    run_start: int = 0
+    run_stop: int = 0
 
     def fd_for(self, *, writing: bool) -> int:
         return self.write_fd if writing or self.read_fd == _NO_FD else self.read_fd
@@ -40,8 +57,11 @@ class UpperFiles:
         self._files: dict[int, _File] = {}
         self._lock = threading.Lock()
 
-    def open(self, inode: int, flags: int, *, by_root: bool) -> None:
-        """Count one more handle; of `flags` the way of access and O_TRUNC matter here, the kernel sees to the rest."""
+    def open(self, inode: int, flags: int, *, by_root: bool) -> bool:
+        """Count one more handle; True if it is a direct one.
+
+        Of `flags` the way of access and O_TRUNC matter here, the kernel sees to the rest.
+        """
         is_truncated = bool(flags & os.O_TRUNC)
         is_writing = is_truncated or flags & os.O_ACCMODE != os.O_RDONLY
         with self._used(inode, writing=is_writing, by_handle=False) as fd:
@@ -49,18 +69,28 @@ class UpperFiles:
                 os.ftruncate(fd, 0)
                 if not by_root:
                     _drop_set_ids(fd)
+            is_direct = _may_open_direct(fd, flags)
             with self._lock:
-                self._files[inode].handles += 1
+                file = self._files[inode]
+                file.handles += 1
+                file.may_be_direct |= is_direct
+            return is_direct
 
-    def created(self, inode: int, fd: int) -> None:
-        """Count the handle of a file just created; `fd`, for reading and writing, is ours from here on."""
+    def created(self, inode: int, fd: int, flags: int) -> bool:
+        """Count the handle of a file just created; True if it is a direct one.
+
+        `fd`, for reading and writing, is ours from here on.
+        """
+        is_direct = _may_open_direct(fd, flags)
         with self._lock:
             file = self._files.setdefault(inode, _File())
             file.handles += 1
+            file.may_be_direct |= is_direct
             if file.write_fd == _NO_FD:
                 file.write_fd = fd
-                return
+                return is_direct
         os.close(fd)
+        return is_direct
 
     def read(self, inode: int, start: int, size_bytes: int) -> bytes:
         """Return `[start, start + size_bytes)`, less only at the end of the file."""
@@ -70,7 +100,12 @@ class UpperFiles:
     def write(self, inode: int, start: int, data: bytes) -> int:
         """Return how many bytes were written."""
         with self._used(inode, writing=True, by_handle=True) as fd:
-            return os.pwrite(fd, data, start)
+            file = self._files[inode]
+            if file.may_be_direct:
+                _drop_set_ids(fd)
+            written_bytes = os.pwrite(fd, data, start)
+            self._write_out(file, fd, start, start + written_bytes)
+            return written_bytes
 
     def truncate(self, inode: int, size_bytes: int) -> None:
         """Make the file this long, whether it is open or not."""
@@ -106,6 +141,19 @@ class UpperFiles:
             unused = self._taken_if_unused(inode, file)
         _close(unused)
 
+    def _write_out(self, file: _File, fd: int, start: int, stop: int) -> None:
+        """Note what was written, and have a long run of it go to disk now rather than at the fsync that will follow.
+
+        Several threads may be here for one file: what they make of the run is a hint, and does no harm.
+        """
+        file.run_start = file.run_start if start == file.run_stop else start
+        file.run_stop = stop
+        if stop - file.run_start >= WRITE_OUT_BYTES:
+            run_start, file.run_start = file.run_start, stop
+            # What cannot be written out is told by fsync, or there is no disk behind (tmpfs).
+            with contextlib.suppress(OSError):
+                linux.begin_writing_out(fd, run_start, stop)
+
     @contextlib.contextmanager
     def _used(self, inode: int, *, writing: bool, by_handle: bool) -> Iterator[int]:
         """Give a descriptor of the file for the block; in it, it is not closed, whoever releases his handle."""
@@ -116,6 +164,7 @@ class UpperFiles:
                 # The handle is of an earlier daemon's time.  How many there are is not known; with the last one
                 # known released, the next use of another opens the file once more.
                 file.handles = 1
+                file.may_be_direct = True
             fd = file.fd_for(writing=writing)
         try:
             yield self._opened(inode, file, writing=writing) if fd == _NO_FD else fd
@@ -150,11 +199,24 @@ class UpperFiles:
         return [fd for fd in (file.read_fd, file.write_fd) if fd != _NO_FD]
 
 
+def _may_open_direct(fd: int, flags: int) -> bool:
+    """True if a new handle that only writes shall go past the kernel's page cache (FOPEN_DIRECT_IO).
+
+    It saves one of the copies a write takes.  The kernel leaves set-user-ID and set-group-ID to us then, so a file
+    that has them is written the other way; they may still come while the handle is open.
+    """
+    is_write_only = flags & os.O_ACCMODE == os.O_WRONLY
+    return is_write_only and IS_DIRECT_COHERENT and not os.fstat(fd).st_mode & _SET_IDS
+
+
 def _drop_set_ids(fd: int) -> None:
-    """Take set-user-ID and set-group-ID away: at every other write the kernel does it, at this one it does not."""
+    """Take set-user-ID and set-group-ID away, where the kernel does not: at O_TRUNC, and for a direct handle.
+
+    The kernel has locked the inode meanwhile, against a chmod too.
+    """
     mode = os.fstat(fd).st_mode
-    if mode & (stat.S_ISUID | stat.S_ISGID):
-        os.fchmod(fd, stat.S_IMODE(mode) & ~(stat.S_ISUID | stat.S_ISGID))
+    if mode & _SET_IDS:
+        os.fchmod(fd, stat.S_IMODE(mode) & ~_SET_IDS)
 
 
 def _close(fds: list[int]) -> None:

@@ -50,7 +50,7 @@ def test_number_is_never_given_again(root_fd: int, tmp_path: Path) -> None:
     upper = Upper(root_fd)
     told: set[int] = set()
     for _ in range(30):
-        found = upper.create(ROOT_INODE, b"file", 0o600, ME, is_exclusive=True)
+        found, _ = upper.create(ROOT_INODE, b"file", 0o600, os.O_EXCL, ME)
         told.add(found.inode)
         upper.files.release(found.inode)
         upper.remove(ROOT_INODE, b"file")
@@ -65,7 +65,7 @@ def test_descriptors_are_closed_with_the_last_lookup_and_handle(root_fd: int, tm
     """[I5] What the kernel forgot and released leaves no descriptor behind."""
     upper = Upper(root_fd)
     before = open_count()
-    found = upper.create(ROOT_INODE, b"file", 0o600, ME, is_exclusive=True)
+    found, _ = upper.create(ROOT_INODE, b"file", 0o600, os.O_EXCL, ME)
     assert looked_up(upper, b"file") == found.inode
     upper.files.open(found.inode, os.O_RDONLY, by_root=True)
     upper.files.read(found.inode, 0, 10)
@@ -96,9 +96,9 @@ def test_file_somebody_else_just_made_is_looked_up_again(root_fd: int, tmp_path:
     """A file the kernel has not judged is not opened by create: ESTALE sends it back, EEXIST where it must be new."""
     (tmp_path / "file").write_bytes(b"")
     upper = Upper(root_fd)
-    for is_exclusive, number in ((False, errno.ESTALE), (True, errno.EEXIST)):
+    for flags, number in ((os.O_RDWR, errno.ESTALE), (os.O_RDWR | os.O_EXCL, errno.EEXIST)):
         with pytest.raises(OSError) as caught:  # noqa: PT011  (the number is looked at below)
-            upper.create(ROOT_INODE, b"file", 0o600, ME, is_exclusive=is_exclusive)
+            upper.create(ROOT_INODE, b"file", 0o600, flags, ME)
         assert caught.value.errno == number
 
 
@@ -108,7 +108,7 @@ def test_creating_leaves_thread_and_process_as_they_were(root_fd: int) -> None:
         pytest.skip("requires: root, to make files for others")
     before = Path("/proc/thread-self/status").read_text()
     upper = Upper(root_fd)
-    found = upper.create(ROOT_INODE, b"file", 0o666, Caller(12, 34), is_exclusive=True)
+    found, _ = upper.create(ROOT_INODE, b"file", 0o666, os.O_EXCL, Caller(12, 34))
     upper.files.release(found.inode)
     assert (found.attributes.st_uid, found.attributes.st_gid) == (12, 34)
     assert found.attributes.st_mode & 0o777 == 0o666
