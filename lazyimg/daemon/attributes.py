@@ -14,8 +14,8 @@ ENTRY_TIMEOUT_S = 1
 ATTR_TIMEOUT_S = 1
 _LINK_MODE = stat.S_IFLNK | 0o777
 _BLOCK_BYTES = 512
-# The size in which programs that ask (st_blksize) read and write, and Python's buffered files: a request each, of the
-# largest size that libfuse takes.  Nova's download writes 64 KiB at a time, of which a request takes as long as two.
+# The size in which programs that ask (st_blksize) read and write, Python's buffered files among them: the largest that
+# libfuse takes in one request.  Nova's download writes 64 KiB at a time; in such requests a copy takes thrice as long.
 _PREFERRED_BYTES = 1 << 20
 
 

@@ -27,9 +27,10 @@ from lazyimg.errors import (
 )
 from lazyimg.image.decisions import Decisions, Refusals
 from lazyimg.image.lazyimage import LazyImage
-from lazyimg.image.listing import GlanceListing, Listing
+from lazyimg.image.listing import Listing
 from lazyimg.image.maker import Maker
 from lazyimg.image.openimages import FetchTotals, OpenImages
+from lazyimg.image.reachability import Records, WatchedGlance
 from lazyimg.image.states import JUDGING, States
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
@@ -46,7 +47,7 @@ class Catalog:
 
     def __init__(
         self,
-        glance: GlanceListing,
+        glance: Records,
         cache: CacheDir,
         maker: Maker,
         nursery: trio.Nursery,
@@ -57,8 +58,8 @@ class Catalog:
         negative_ttl_s: float,
         is_resumed: bool = False,
     ) -> None:
-        self._glance = glance
-        self._listing = Listing(glance)
+        self._glance = WatchedGlance(glance, nursery)
+        self._listing = Listing(self._glance)
         self._cache = cache
         self._maker = maker
         self._nursery = nursery
@@ -81,7 +82,11 @@ class Catalog:
         self._opened = OpenImages(cache, maker, limiter, maybe_open)
         # Asked and not published.
         self._decisions = Decisions(
-            nursery, self._decide, lookup_timeout_s=lookup_timeout_s, negative_ttl_s=negative_ttl_s
+            nursery,
+            self._decide,
+            lambda: self._glance.is_known_down,
+            lookup_timeout_s=lookup_timeout_s,
+            negative_ttl_s=negative_ttl_s,
         )
         self._refusals = Refusals(view)
 

@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 
 # Names without an image, remembered at once.
 NEGATIVE_MAX = 10_000
+# Once a limit has run out with nothing decided, nobody waits for this long: those that the kernel kept waiting
+# behind a create, which has the folder to itself, come now and would wait as long again.
+REST_S = 1.0
+# Names being decided at once; one more is undecided without being asked about.
+RUNNING_MAX = 1000
 # Refusals remembered at once.
 REFUSALS_MAX = 1000
 
@@ -39,19 +44,28 @@ class Decisions:
         self,
         nursery: trio.Nursery,
         decide: Callable[[str], Awaitable[LazyImage]],
+        is_known_down: Callable[[], bool],
         *,
         lookup_timeout_s: float,
         negative_ttl_s: float,
     ) -> None:
-        """Begin with none.  decide: returns the image of a name, ImageNotFound or ImageRefused if none is shown."""
+        """Begin with none.
+
+        decide: returns the image of a name; raises ImageNotFound or ImageRefused if none is shown.  is_known_down:
+        whether it is known that Glance will not answer; then nobody waits.
+        """
         self._nursery = nursery
         self._decide = decide
+        self._is_known_down = is_known_down
         self._lookup_timeout_s = lookup_timeout_s
         self._negative_ttl_s = negative_ttl_s
         self._running: dict[str, _Decision] = {}
         self._absent_until: dict[str, float] = {}
         self._waiting_count = 0
         self._deadline = float("-inf")
+        # When that limit began, and when something was decided last.
+        self._limit_began_at = float("-inf")
+        self._decided_at = float("-inf")
 
     async def wait(self, name: str) -> LazyImage | None:
         """Return the image of a name, None if there is none to show.
@@ -61,12 +75,19 @@ class Decisions:
         if trio.current_time() < self._absent_until.get(name, float("-inf")):
             return None
         decision = self._running.get(name)
+        if decision is None and len(self._running) >= RUNNING_MAX:
+            raise LookupUndecided(f"{name}: {RUNNING_MAX} other names are being decided; look it up again")
         if decision is None:
             decision = self._running[name] = _Decision()
             self._nursery.start_soon(self._run, name, decision)
+        if self._is_known_down():
+            raise LookupUndecided(f"{name}: Glance does not answer; look it up again")
         # All who wait at once share one limit: a folder's lock is held while any of them does.
-        if not self._waiting_count or trio.current_time() >= self._deadline:
-            self._deadline = trio.current_time() + self._lookup_timeout_s
+        now = trio.current_time()
+        is_over = now >= self._deadline
+        is_resting = is_over and self._decided_at < self._limit_began_at and now < self._deadline + REST_S
+        if (not self._waiting_count or is_over) and not is_resting:
+            self._limit_began_at, self._deadline = now, now + self._lookup_timeout_s
         self._waiting_count += 1
         try:
             with trio.move_on_at(self._deadline):
@@ -93,6 +114,7 @@ class Decisions:
         finally:
             del self._running[name]
             decision.done.set()
+            self._decided_at = trio.current_time()
 
     def _remember_absent(self, name: str) -> None:
         now = trio.current_time()

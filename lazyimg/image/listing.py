@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import trio
 
 from lazyimg.core.identity import ImageRecord
-from lazyimg.errors import ImageNotFound
-from lazyimg.image.source import Glance
-
-
-class GlanceListing(Glance, Protocol):
-    """Glance with its list of images."""
-
-    async def list_images(self) -> list[ImageRecord]: ...
+from lazyimg.errors import GlanceUnavailable, ImageNotFound
+from lazyimg.image.reachability import Records
 
 
 class Listing:
     """The list as it was last read."""
 
-    def __init__(self, glance: GlanceListing) -> None:
+    def __init__(self, glance: Records) -> None:
         self._glance = glance
         self._listed: dict[str, ImageRecord] = {}
+        # When the last list was begun, and what came of it if that was no list.
         self._listed_at = float("-inf")
+        self._failure: GlanceUnavailable | None = None
         self._lock = trio.Lock()
 
     async def record(self, base_name: str) -> ImageRecord:
@@ -32,7 +27,7 @@ class Listing:
         asked_at = trio.current_time()
         listed = self._listed.get(base_name)
         if listed is None:
-            # One list answers all who asked before it was begun.
+            # One list answers all who asked before it was begun; so does one that failed.
             await self._read(is_fresh_enough=lambda: self._listed_at >= asked_at)
             listed = self._listed.get(base_name)
         if listed is None:
@@ -47,7 +42,14 @@ class Listing:
     async def _read(self, is_fresh_enough: Callable[[], bool]) -> None:
         async with self._lock:
             if is_fresh_enough():
+                if self._failure is not None:
+                    raise GlanceUnavailable(str(self._failure)) from self._failure
                 return
             began_at = trio.current_time()
-            self._listed = {record.base_name: record for record in await self._glance.list_images()}
-            self._listed_at = began_at
+            try:
+                listed = await self._glance.list_images()
+            except GlanceUnavailable as exc:
+                self._listed_at, self._failure = began_at, exc
+                raise
+            self._listed = {record.base_name: record for record in listed}
+            self._listed_at, self._failure = began_at, None

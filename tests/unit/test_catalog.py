@@ -21,6 +21,7 @@ from lazyimg.errors import (
     LookupUndecided,
 )
 from lazyimg.image.catalog import Catalog
+from lazyimg.image.decisions import REST_S
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
@@ -189,6 +190,8 @@ async def test_lookups_that_wait_at_once_share_one_limit(
     assert [type(task.error) for task in tasks] == [LookupUndecided] * 2
     assert len(rig.glance.image_calls) == 2
     gate.set()
+    # For a moment after a limit ran out nobody waits.
+    mock_clock.jump(REST_S)
     for record in records:
         assert (await found(catalog, record.base_name)).record == record
     assert len(rig.glance.image_calls) == 2
