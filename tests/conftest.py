@@ -49,6 +49,17 @@ def _is_there(name: str) -> bool:
     return True
 
 
+@pytest.fixture
+def memory_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: for tests that make a great many files durable."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    path = Path(tempfile.mkdtemp(prefix="lazyimg-test-", dir="/dev/shm"))
+    yield path
+    shutil.rmtree(path)
+
+
 class _Warnings(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

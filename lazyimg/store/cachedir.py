@@ -4,35 +4,54 @@
     ├── version            FORMAT_VERSION and a newline
     ├── lock               flock; its text is the pid of who holds it
     ├── index/             see index.py
+    ├── sidecars/          see sidecar.py
     ├── chunks/            <key>.<generation>: sparse files of the presented size, 0600
     └── aside/             what was found damaged, for a human; bounded
 
 Guards "what is not proven is fetched again": a file that is not exactly what the index says is never opened.
+Nothing here is trusted for its name: files are opened by the folder's descriptor, and only if they are ours alone.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
 import secrets
-import shutil
-import stat
 import threading
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from lazyimg.errors import CacheUnusable, InUse
 from lazyimg.store.chunkfile import READ_BYTES_MAX, ChunkFile
 from lazyimg.store.entry import ImageEntry
+from lazyimg.store.folder import PrivateFolder
 from lazyimg.store.index import Index, IndexDamaged
 from lazyimg.store.presence import PAGES_MAX, PageLimit
+from lazyimg.store.sidecar import Sidecars
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = 1
+_VERSION_TEXT = f"{FORMAT_VERSION}\n".encode()
 # Evidence for a human, not worth more than this of the cache's disk.
 ASIDE_COUNT_MAX = 8
 ASIDE_BYTES_MAX = 256 << 20
+# What a cache of another version, or one whose version is lost, may hold for us to take it for one.
+_FOLDERS = ("index", "sidecars", "chunks")
+_NAMES = {"version", "version.part", "lock", "aside", *_FOLDERS}
+_VERSION_BYTES_MAX = 1024
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStatistics:
+    """What this process found amiss in the folder, and what it did about it."""
+
+    rebuilt_images: int
+    set_aside: int
+    removed_files: int
 
 
 class CacheDir:
@@ -47,32 +66,59 @@ class CacheDir:
         by this object from now on.  Raises CacheUnusable or InUse.
         """
         self.path = path
-        self._chunks = path / "chunks"
-        self._aside = path / "aside"
         self._limit = PageLimit(pages_max)
         self._buffer = memoryview(bytearray(READ_BYTES_MAX))
         self._open: dict[str, ChunkFile] = {}
         # Held while a file is opened or removed, so that no image ever has two ChunkFiles.
         self._open_lock = threading.Lock()
+        self._set_aside_count = self._removed_count = 0
+        self._folders: list[PrivateFolder] = []
         try:
-            _check_folder(path)
-            _check_version(path)
-            self.lock_fd = _lock(path / "lock", lock_fd)
+            self._root = self._held(PrivateFolder.open(path))
+            is_other_version = _check_version(self._root)
+            self.lock_fd = _lock(self._root, lock_fd)
             try:
-                # What guests' images hold is nobody else's business.
-                path.chmod(0o700)
-                _write_version(path)
-                for folder in (self._chunks, self._aside):
-                    folder.mkdir(mode=0o700, exist_ok=True)
-                self.index = self._open_index()
-                self._remove_unknown_files()
+                self._prepare(is_other_version)
             except BaseException:
                 os.close(self.lock_fd)
                 raise
-        except OSError as exc:
-            raise CacheUnusable(
-                f"cache folder {path}: {exc.strerror or exc}; make it usable or give another"
-            ) from exc
+        except BaseException as exc:
+            for folder in self._folders:
+                folder.close()
+            if isinstance(exc, OSError):
+                raise CacheUnusable(
+                    f"cache folder {path}: {exc.strerror or exc}; make it usable or give another"
+                ) from exc
+            raise
+
+    def _held(self, folder: PrivateFolder) -> PrivateFolder:
+        self._folders.append(folder)
+        return folder
+
+    def _prepare(self, is_other_version: bool) -> None:
+        """Make of a locked folder a cache that is open."""
+        # What guests' images hold is nobody else's business.
+        os.fchmod(self._root.fd, 0o700)
+        self._aside = self._held(self._root.folder("aside"))
+        if is_other_version:
+            log.warning(
+                "cache %s is of another version, set aside: all images will be fetched again", self.path
+            )
+            for name in _FOLDERS:
+                self._set_aside(self._root, name)
+        # Before there is anything it could be wrong about.
+        if self._root.read("version", _VERSION_BYTES_MAX) != _VERSION_TEXT:
+            self._root.replace("version", _VERSION_TEXT, is_durable=True)
+        self._chunks = self._held(self._root.folder("chunks"))
+        self._sidecars = self._held(self._root.folder("sidecars"))
+        self.index = self._open_index()
+        # Their names too must be durable before anything is promised.
+        self._root.sync()
+        self._remove_unknown_files()
+
+    def statistics(self) -> CacheStatistics:
+        """Return a snapshot of what was found amiss since this process opened the folder."""
+        return CacheStatistics(self.index.rebuilt_count, self._set_aside_count, self._removed_count)
 
     def free_bytes(self) -> int:
         """Return the bytes free on the folder's file system for this user."""
@@ -89,10 +135,18 @@ class CacheDir:
             entry = self.index.get(key)
             if entry is None:
                 raise KeyError(key)
-            problem = _problem_of(self._path_of(entry), entry.size_bytes) if entry.generation else "none yet"
-            if problem:
+            fd, problem = self._open_chunks(entry)
+            if fd is None:
                 entry = self._begin(entry, problem)
-            file = ChunkFile(self._path_of(entry), self.index, entry, self._limit, self._buffer)
+                fd, problem = self._open_chunks(entry)
+                if fd is None:
+                    raise OSError(errno.EIO, f"chunk file {self._path_of(entry)} was just made: {problem}")
+            try:
+                self.index.heal_sidecar(key)
+                file = ChunkFile(self._path_of(entry), fd, self.index, entry, self._limit, self._buffer)
+            except BaseException:
+                os.close(fd)
+                raise
             self._open[key] = file
             return file
 
@@ -109,7 +163,7 @@ class CacheDir:
             entry = self.index.get(key)
             self.index.forget(key)
             if entry is not None and entry.generation:
-                self._path_of(entry).unlink(missing_ok=True)
+                self._chunks.remove(_name_of(entry))
 
     def allocated_bytes(self, key: str) -> int:
         """Return the bytes the image takes on disk; 0 if it has no chunk file."""
@@ -117,7 +171,7 @@ class CacheDir:
         if entry is None or not entry.generation:
             return 0
         try:
-            return os.lstat(self._path_of(entry)).st_blocks * 512
+            return self._chunks.stat(_name_of(entry)).st_blocks * 512
         except FileNotFoundError:
             return 0
 
@@ -128,166 +182,140 @@ class CacheDir:
         self.index.close()
         # Not unlocked: a holder may keep the lock by its own copy of the descriptor.
         os.close(self.lock_fd)
+        for folder in self._folders:
+            folder.close()
 
     def _path_of(self, entry: ImageEntry) -> Path:
-        return self._chunks / f"{entry.key}.{entry.generation}"
+        return self._chunks.path / _name_of(entry)
+
+    def _open_chunks(self, entry: ImageEntry) -> tuple[int | None, str]:
+        """Return a descriptor of an image's chunk file, or None and why that cannot be trusted."""
+        if not entry.generation:
+            return None, "none yet"
+        try:
+            fd = self._chunks.open_file(_name_of(entry), os.O_RDWR)
+        except OSError:
+            # A disk that fails is not the file's fault; what is wrong with the file its name alone tells.
+            problem = self._chunks.problem_of(_name_of(entry))
+            if not problem:
+                raise
+            return None, problem
+        size_bytes = os.fstat(fd).st_size
+        if size_bytes == entry.size_bytes:
+            return fd, ""
+        os.close(fd)
+        return None, f"it has {size_bytes} bytes, not {entry.size_bytes}"
 
     def _begin(self, entry: ImageEntry, problem: str) -> ImageEntry:
         """Begin a new chunk file; one that cannot be trusted is set aside."""
-        # The index forgets first, so that no page of checksums ever speaks of another file's bytes.
-        fresh = self.index.begin(entry.key, secrets.token_hex(8))
+        generation = secrets.token_hex(8)
+        # The file first, durably: a generation without its file is damage, a file without is removed at a start.
+        fd = self._chunks.open_file(f"{entry.key}.{generation}", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            os.ftruncate(fd, entry.size_bytes)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        self._chunks.sync()
+        fresh = self.index.begin(entry.key, generation)
         if entry.generation:
             path = self._path_of(entry)
             log.warning("chunk file %s set aside: %s; its image will be fetched again", path, problem)
             try:
-                self._set_aside(path)
+                self._set_aside(self._chunks, path.name)
             except OSError as exc:
                 # Nobody will open it under its old generation, and the next start removes it.
                 log.warning("chunk file %s stays where it is: %s", path, exc)
-        self._create(self._path_of(fresh), fresh.size_bytes)
         return fresh
 
-    def _create(self, path: Path, size_bytes: int) -> None:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(fd, size_bytes)
-        finally:
-            os.close(fd)
-        _sync_folder(self._chunks)
-
     def _open_index(self) -> Index:
-        path = self.path / "index"
-        path.mkdir(mode=0o700, exist_ok=True)
-        try:
-            return Index(path)
-        except IndexDamaged as exc:
-            log.warning("cache index set aside, all images will be fetched again: %s", exc)
-        self._set_aside(path)
-        path.mkdir(mode=0o700)
-        try:
-            return Index(path)
-        except IndexDamaged as exc:
-            raise CacheUnusable(f"cache folder {self.path}: a new index is damaged at once: {exc}") from exc
+        for attempt in range(2):
+            folder = self._root.folder("index")
+            try:
+                # SQLite opens its files by their paths, and follows links.
+                problems = {name: folder.problem_of(name) for name in folder.names()}
+                problem = next((f"{name}: {what}" for name, what in problems.items() if what), "")
+                if problem:
+                    raise IndexDamaged(f"{folder.path}/{problem}")
+                index = Index(folder.path, Sidecars(self._sidecars))
+                folder.sync()
+                return index
+            except IndexDamaged as exc:
+                if attempt:
+                    raise CacheUnusable(
+                        f"cache folder {self.path}: a new index is damaged at once: {exc}"
+                    ) from exc
+                log.warning("cache index set aside: %s", exc)
+            finally:
+                folder.close()
+            self._set_aside(self._root, "index")
+        raise AssertionError("unreachable")
 
     def _remove_unknown_files(self) -> None:
-        known = {self._path_of(entry).name for entry in self.index.entries() if entry.generation}
-        for found in os.scandir(self._chunks):
-            if found.name not in known:
-                log.info("chunk file %s removed: the index does not know it", found.name)
-                _remove(Path(found.path))
+        known = {_name_of(entry) for entry in self.index.entries() if entry.generation}
+        for name in self._chunks.names():
+            if name not in known:
+                log.info("chunk file %s removed: the index does not know it", name)
+                self._chunks.remove(name)
+                self._removed_count += 1
 
-    def _set_aside(self, path: Path) -> None:
+    def _set_aside(self, folder: PrivateFolder, name: str) -> None:
         """Move a file or folder to `aside/`, and remove the oldest there above its limits."""
-        target = self._aside / f"{path.name}.{secrets.token_hex(4)}"
         try:
-            path.rename(target)
-            os.utime(target, follow_symlinks=False)
+            moved = folder.move(name, self._aside)
         except FileNotFoundError:
             return
-        kept = sorted(self._aside.iterdir(), key=lambda one: one.lstat().st_mtime_ns, reverse=True)
+        self._set_aside_count += 1
+        folder.sync()
+        os.utime(moved, dir_fd=self._aside.fd, follow_symlinks=False)
+        kept = sorted(self._aside.names(), key=lambda one: self._aside.stat(one).st_mtime_ns, reverse=True)
         total_bytes = 0
         for count, one in enumerate(kept, 1):
-            total_bytes += _allocated_bytes(one)
+            total_bytes += self._aside.allocated_bytes(one)
             if count > ASIDE_COUNT_MAX or total_bytes > ASIDE_BYTES_MAX:
-                _remove(one)
+                self._aside.remove(one)
 
 
-def _check_folder(path: Path) -> None:
-    """Create the folder, or refuse it."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = path.lstat()
-    if stat.S_ISLNK(found.st_mode):
-        raise CacheUnusable(f"cache folder {path} is a symbolic link; give the folder itself")
-    if found.st_uid != os.geteuid():
-        raise CacheUnusable(
-            f"cache folder {path} belongs to user {found.st_uid}, not {os.geteuid()}; "
-            "chown it or give another"
-        )
-    if found.st_mode & 0o022:
-        raise CacheUnusable(f"cache folder {path} can be written by others; run: chmod go-w {path}")
+def _name_of(entry: ImageEntry) -> str:
+    return f"{entry.key}.{entry.generation}"
 
 
-def _lock(path: Path, lock_fd: int | None) -> int:
+def _lock(root: PrivateFolder, lock_fd: int | None) -> int:
     """Return a descriptor that holds the lock."""
-    fd = (
-        os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        if lock_fd is None
-        else lock_fd
-    )
+    fd = root.open_file("lock", os.O_RDWR | os.O_CREAT) if lock_fd is None else lock_fd
     try:
-        if not path.exists() or not os.path.samestat(os.fstat(fd), path.stat()):
-            raise CacheUnusable(f"cache folder {path.parent}: the lock handed over is not this folder's")
+        # Whoever made another name for it may mean us to empty another file.
+        if root.problem_of("lock") or not os.path.samestat(os.fstat(fd), root.stat("lock")):
+            raise CacheUnusable(f"cache folder {root.path}: the lock handed over is not this folder's")
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     except BlockingIOError as exc:
         pid = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
         os.close(fd)
-        raise InUse(
-            f"cache folder {path.parent} is used by process {pid}; stop that or give another"
-        ) from exc
+        raise InUse(f"cache folder {root.path} is used by process {pid}; stop that or give another") from exc
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def _check_version(path: Path) -> None:
-    """Refuse a folder of another version, or with somebody else's files, before anything is changed in it."""
-    try:
-        found = (path / "version").read_text(errors="replace").strip()
-    except FileNotFoundError:
-        if set(os.listdir(path)) - {"lock", "version.part"}:
-            raise CacheUnusable(f"cache folder {path} holds other files; give an empty folder") from None
-        return
-    if found != FORMAT_VERSION:
-        raise CacheUnusable(
-            f"cache folder {path} is of version {found[:20]!r}, not {FORMAT_VERSION!r}; "
-            "give another or empty it"
-        )
+def _check_version(root: PrivateFolder) -> bool:
+    """Return whether the folder is a cache of another version, older or unreadable, to be set aside.
 
-
-def _write_version(path: Path) -> None:
-    version = path / "version"
-    if not version.exists():
-        part = path / "version.part"
-        part.write_text(f"{FORMAT_VERSION}\n")
-        part.replace(version)
-        _sync_folder(path)
-
-
-def _problem_of(path: Path, size_bytes: int) -> str:
-    """Return why a chunk file cannot be trusted, or ""."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return "it is missing"
-    if not stat.S_ISREG(found.st_mode):
-        return "it is not a regular file"
-    if found.st_uid != os.geteuid():
-        return f"it belongs to user {found.st_uid}"
-    if found.st_nlink != 1:
-        return "it has another name, through which it may be changed"
-    if found.st_size != size_bytes:
-        return f"it has {found.st_size} bytes, not {size_bytes}"
-    return ""
-
-
-def _allocated_bytes(path: Path) -> int:
-    parts = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
-    return sum(part.lstat().st_blocks * 512 for part in parts)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    Refuses one of a later version, and one with somebody else's files, before anything is changed in it.
+    """
+    content = root.read("version", _VERSION_BYTES_MAX)
+    names = set(root.names())
+    if content == _VERSION_TEXT:
+        return False
+    found = (content or b"").decode(errors="replace").strip()
+    with suppress(ValueError):
+        if int(found) > FORMAT_VERSION:
+            raise CacheUnusable(
+                f"cache folder {root.path} is of version {found[:20]!r}, later than {FORMAT_VERSION}; "
+                "run the lazyimg that made it, or give another"
+            )
+    if names - _NAMES:
+        raise CacheUnusable(f"cache folder {root.path} holds other files; give an empty folder")
+    return bool(names & set(_FOLDERS))

@@ -40,11 +40,17 @@ class ChunkFile:
     """
 
     def __init__(
-        self, path: Path, index: Index, entry: ImageEntry, limit: PageLimit, buffer: memoryview
+        self,
+        path: Path,
+        fd: int,
+        index: Index,
+        entry: ImageEntry,
+        limit: PageLimit,
+        buffer: memoryview,
     ) -> None:
-        """Open the file at `path`; it must be the entry's generation, checked by the caller.
+        """Own `fd` from now on, open on the file of the entry's generation.
 
-        buffer: READ_BYTES_MAX bytes for `read_nowait`; shared by all files of one event loop.
+        path: for messages.  buffer: READ_BYTES_MAX bytes for `read_nowait`; shared by all files of one event loop.
         """
         self.path = path
         self.key = entry.key
@@ -54,7 +60,7 @@ class ChunkFile:
         self._presence = Presence(index, entry, limit)
         self._pages = self._presence.pages
         self._buffer = buffer
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._fd = fd
         # Threads inside a call; the descriptor is closed by the last of them, as its number is reused at
         # once.
         self._users = 0

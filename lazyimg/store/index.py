@@ -3,7 +3,7 @@
 Owns diskcache.  An entry and the pages that change with it are one SQLite transaction, synchronous=FULL, so
 that what was forgotten stays forgotten and what was committed stays so (invariant 2).  Entries are few and
 all in memory; pages are read one at a time.  Malformed entries and pages are dropped and logged: they cost a
-fetch, never a start.
+fetch, never a start.  All of it is kept a second time in sidecars, and rebuilt from them where the index is lost.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from pathlib import Path
 import diskcache  # type: ignore[import-untyped]  # it has no types
 from diskcache.core import MODE_RAW  # type: ignore[import-untyped]  # it has no types
 
+from lazyimg.core.chunks import chunk_count
 from lazyimg.store.checksum import checksum
 from lazyimg.store.entry import ImageEntry
+from lazyimg.store.sidecar import PAGE_BYTES, Sidecars, present_count
 
 # 64 MiB of an image a page: 320 pages of 8 KiB for 20 GiB, and one page a commit for most boots.
 PAGE_CHUNKS = 1024
@@ -54,15 +56,19 @@ class Index:
     On disk, in diskcache's `cache.db`, all values plain text or bytes:
         images                        JSON list of all keys, so that start-up never scans the pages
         image/<key>                   ImageEntry.to_json
-        page/<key>/<generation>/<n>   8192 bytes: checksums of chunks [1024 n, 1024 (n + 1)), little-endian
+        page/<key>/<generation>/<n>   PAGE_BYTES: checksums of chunks [1024 n, 1024 (n + 1)), little-endian
                                       uint64 each, 0 for absent; tag <key>
-    Beside it a file `damaged` appears when SQLite found its file corrupt; the next start sets the folder
-    aside. Every fault of SQLite is raised as OSError: ENOSPC when the disk is full, else EIO.
+        table/<key>/<start>           checksum (uint64) of a part of the source, and the part; tag <key>
+    Without `images` it is new or was lost, and is filled from the sidecars, `images` last.  Beside it a file
+    `damaged` appears when SQLite found its file corrupt; the next start sets the folder aside.  Every fault of
+    SQLite is raised as OSError: ENOSPC when the disk is full, else EIO.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sidecars: Sidecars | None = None) -> None:
         """Open or create the index.  Raises IndexDamaged or OSError."""
         self._path = path
+        self._sidecars = sidecars
+        self.rebuilt_count = 0
         # Serialises changes, so that an entry is never written from an old copy.
         self._lock = threading.Lock()
         self._entries: dict[str, ImageEntry] = {}
@@ -86,6 +92,8 @@ class Index:
                 disk_min_file_size=1 << 24,
             )
             self._load_entries()
+            if sidecars is not None:
+                sidecars.heal(self.entries())
         except (sqlite3.Error, diskcache.Timeout) as exc:
             if _is_corrupt(exc):
                 raise IndexDamaged(f"{path}: {exc}") from exc
@@ -111,16 +119,25 @@ class Index:
                 for entry in merged:
                     self._cache.set(f"image/{entry.key}", entry.to_json())
                 self._set_keys(self._entries.keys() | {entry.key for entry in merged})
-            self._entries |= {entry.key: entry for entry in merged}
+            for entry in merged:
+                known = self._entries.get(entry.key)
+                if self._sidecars:
+                    self._sidecars.put(entry, is_durable=known is None or known.state != entry.state)
+                self._entries[entry.key] = entry
 
     def begin(self, key: str, generation: str) -> ImageEntry:
         """Give the image a new, empty generation; the last one is forgotten durably (thread)."""
         with self._changing():
-            entry = replace(self._entries[key], generation=generation, present_count=0)
+            last = self._entries[key]
+            entry = replace(last, generation=generation, present_count=0)
+            if self._sidecars:
+                self._sidecars.forget_generation(last)
             with self._cache.transact():
                 self._cache.evict(key)
                 self._cache.set(f"image/{key}", entry.to_json())
             self._entries[key] = entry
+            if self._sidecars:
+                self._sidecars.put(entry, is_durable=True)
             return entry
 
     def forget(self, key: str) -> None:
@@ -128,11 +145,15 @@ class Index:
         with self._changing():
             if key not in self._entries:
                 return
-            with self._cache.transact():
-                self._cache.delete(f"image/{key}")
-                self._set_keys(self._entries.keys() - {key})
-                self._cache.evict(key)
-            del self._entries[key]
+            try:
+                if self._sidecars:
+                    self._sidecars.forget(self._entries[key])
+            finally:
+                with self._cache.transact():
+                    self._cache.delete(f"image/{key}")
+                    self._set_keys(self._entries.keys() - {key})
+                    self._cache.evict(key)
+                del self._entries[key]
 
     def page(self, key: str, generation: str, page_no: int) -> tuple[int, ...]:
         """Return the checksums of PAGE_CHUNKS chunks, 0 for absent ones (thread)."""
@@ -147,10 +168,17 @@ class Index:
         return (0,) * PAGE_CHUNKS
 
     def commit(
-        self, key: str, generation: str, pages: Mapping[int, Sequence[int]], present_count: int
+        self,
+        key: str,
+        generation: str,
+        pages: Mapping[int, Sequence[int]],
+        present_count: int,
+        *,
+        drops: bool = False,
     ) -> None:
         """Store checksum pages and the entry's count in one durable transaction (thread).
 
+        drops: the pages say of some chunks for the first time that they are absent.
         Raises OSError(ESTALE) if the image was forgotten or began another generation meanwhile.
         """
         with self._changing():
@@ -160,11 +188,18 @@ class Index:
                     errno.ESTALE, f"cache index: image {key} has no generation {generation} any more"
                 )
             entry = replace(entry, present_count=present_count)
-            with self._cache.transact():
-                for page_no, sums in pages.items():
-                    self._cache.set(_page_key(key, generation, page_no), _PAGE.pack(*sums), tag=key)
-                self._cache.set(f"image/{key}", entry.to_json())
-            self._entries[key] = entry
+            packed = {page_no: _PAGE.pack(*sums) for page_no, sums in pages.items()}
+            try:
+                if self._sidecars and drops:
+                    self._sidecars.drop(entry, packed)
+            finally:
+                with self._cache.transact():
+                    for page_no, page in packed.items():
+                        self._cache.set(_page_key(key, generation, page_no), page, tag=key)
+                    self._cache.set(f"image/{key}", entry.to_json())
+                self._entries[key] = entry
+            if self._sidecars and not drops:
+                self._sidecars.put_pages(entry, packed)
 
     def table(self, key: str, start: int, stop: int) -> bytes | None:
         """Return the part `[start, stop)` of an image's source that was put, None if it is not here (thread)."""
@@ -179,8 +214,22 @@ class Index:
     def put_table(self, key: str, start: int, data: bytes) -> None:
         """Keep a part of an image's source, as long as the index knows the image (thread)."""
         with self._changing():
-            if key in self._entries:
+            entry = self._entries.get(key)
+            if entry is not None:
                 self._cache.set(_table_key(key, start), _SUM.pack(checksum(data)) + data, tag=key)
+                if self._sidecars and entry.generation:
+                    self._sidecars.put_table(entry, start, data)
+
+    def heal_sidecar(self, key: str) -> None:
+        """Give an image's sidecar the checksums that power loss took from it (thread)."""
+        with self._changing():
+            entry = self._entries[key]
+            if self._sidecars is None or self._sidecars.present_count(entry) == entry.present_count:
+                return
+            for page_no in range(-(-chunk_count(entry.size_bytes) // PAGE_CHUNKS)):
+                page = self._cache.get(_page_key(key, entry.generation, page_no))
+                if isinstance(page, bytes) and len(page) == PAGE_BYTES:
+                    self._sidecars.put_pages(entry, {page_no: page})
 
     def close(self) -> None:
         """Close the calling thread's connection; other threads' close as those threads end."""
@@ -198,13 +247,16 @@ class Index:
 
     def _load_entries(self) -> None:
         keys = self._load_keys()
+        if keys is None:
+            self._rebuild()
+            return
         for key in keys:
             try:
                 entry = ImageEntry.from_json(self._cache.get(f"image/{key}"))
                 if entry.key != key:
                     raise ValueError("belongs to another key")
             except (ValueError, TypeError, KeyError, AttributeError) as exc:
-                log.warning("cache index: entry %s dropped, its image will be fetched again: %s", key, exc)
+                self._load_second(key, exc)
             else:
                 self._entries[key] = entry
         dropped = set(keys) - self._entries.keys()
@@ -215,10 +267,19 @@ class Index:
                     self._cache.evict(key)
                 self._cache.set(_KEYS, json.dumps(sorted(self._entries)))
 
-    def _load_keys(self) -> list[str]:
+    def _load_second(self, key: str, problem: Exception) -> None:
+        """Take an entry from its sidecar, where the first is malformed."""
+        entry = self._sidecars.entry(key) if self._sidecars else None
+        if entry is None:
+            log.warning("cache index: entry %s dropped, its image will be fetched again: %s", key, problem)
+        else:
+            log.warning("cache index: entry %s is taken from its sidecar: %s", key, problem)
+            self._restore(entry)
+
+    def _load_keys(self) -> list[str] | None:
         text = self._cache.get(_KEYS)
         if text is None:
-            return []
+            return None
         try:
             keys = json.loads(text)
             if isinstance(keys, list) and all(isinstance(key, str) and _KEY.fullmatch(key) for key in keys):
@@ -226,6 +287,40 @@ class Index:
         except (ValueError, TypeError):
             pass
         raise IndexDamaged(f"{self._path}: the list of images is malformed")
+
+    def _rebuild(self) -> None:
+        """Fill a new index with what the sidecars have; done again from the beginning if it is cut short."""
+        for entry in self._sidecars.entries() if self._sidecars else ():
+            self._restore(entry)
+        self._cache.set(_KEYS, json.dumps(sorted(self._entries)))
+        self.rebuilt_count = len(self._entries)
+        if self._entries:
+            chunks = sum(entry.present_count for entry in self.entries())
+            log.warning(
+                "cache index rebuilt from sidecars: %d images, %d chunks; each is checked when it is first read",
+                len(self._entries),
+                chunks,
+            )
+
+    def _restore(self, entry: ImageEntry) -> None:
+        """Store what an image's sidecars have, one transaction an image."""
+        assert self._sidecars is not None
+        with self._cache.transact():
+            self._cache.evict(entry.key)
+            count = 0
+            try:
+                for page_no, page in self._sidecars.pages(entry):
+                    self._cache.set(_page_key(entry.key, entry.generation, page_no), page, tag=entry.key)
+                    count += present_count(page)
+                for start, data in self._sidecars.tables(entry):
+                    self._cache.set(
+                        _table_key(entry.key, start), _SUM.pack(checksum(data)) + data, tag=entry.key
+                    )
+            except OSError as exc:
+                log.warning("sidecar of image %s: read in part: %s", entry.record.id, exc)
+            entry = replace(entry, present_count=count)
+            self._cache.set(f"image/{entry.key}", entry.to_json())
+        self._entries[entry.key] = entry
 
     @contextmanager
     def _changing(self) -> Iterator[None]:

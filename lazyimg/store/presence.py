@@ -180,7 +180,7 @@ class Presence:
         with self._index_lock:
             durable_count = self._durable_count
             try:
-                durable_count = self._store(dict.fromkeys(chunks, 0))
+                durable_count = self._store(dict.fromkeys(chunks, 0), drops=True)
             finally:
                 with self._lock:
                     self._version += 1
@@ -224,7 +224,7 @@ class Presence:
             self._limit.note_loaded(self, page_no)
             return page
 
-    def _store(self, sums: Mapping[int, int]) -> int:
+    def _store(self, sums: Mapping[int, int], *, drops: bool = False) -> int:
         """Store changed checksums; return the durable count after it."""
         pages: dict[int, list[int]] = {}
         durable_count = self._durable_count
@@ -234,7 +234,7 @@ class Presence:
                 pages[page_no] = list(self._index.page(self._key, self._generation, page_no))
             durable_count += bool(value) - bool(pages[page_no][offset])
             pages[page_no][offset] = value
-        self._index.commit(self._key, self._generation, pages, durable_count)
+        self._index.commit(self._key, self._generation, pages, durable_count, drops=drops)
         return durable_count
 
     def _set_states(self, chunks: Iterable[int], state: int) -> None:

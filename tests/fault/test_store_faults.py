@@ -27,7 +27,7 @@ from store_images import chunks_content, content, damage, image_entry, open_new
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES as CHUNK
 from lazyimg.core.chunks import chunk_range
 from lazyimg.errors import CacheUnusable, ChunkAbsent, ChunkDamaged
-from lazyimg.store.cachedir import CacheDir
+from lazyimg.store.cachedir import CacheDir, CacheStatistics
 from lazyimg.store.chunkfile import ChunkFile
 from lazyimg.store.index import PAGE_CHUNKS
 
@@ -263,11 +263,14 @@ def _other_journal(index: Path) -> None:
 def test_spoiled_index_is_never_in_the_way(
     path: Path, spoil: Callable[[Path], None], expected_warnings: Callable[..., None]
 ) -> None:
-    """Whatever became of the index, the cache opens; what it no longer proves is absent and removed."""
-    expected_warnings("cache index set aside", required=False)
+    """Whatever became of the index, the cache opens, and its sidecars prove again what it proved."""
+    expected_warnings(
+        "cache index set aside", "cache index rebuilt from sidecars: 1 images, 16", required=False
+    )
     fill(path)
     spoil(path / "index")
     with opened(path) as (_, file):
+        assert file.read(0, SIZE_BYTES) == WHOLE
         check_and_refill(file)
         assert list((path / "chunks").iterdir()) == [file.path]
     with opened(path) as (_, file):
@@ -277,8 +280,10 @@ def test_spoiled_index_is_never_in_the_way(
 def test_index_found_corrupt_while_in_use_is_set_aside_at_the_next_start(
     path: Path, expected_warnings: Callable[..., None]
 ) -> None:
-    """Pages that SQLite cannot read are absent, not an error; the next start begins a new index."""
-    expected_warnings("is not known: .*malformed", "cache index set aside")
+    """Pages that SQLite cannot read are absent, not an error; the next start builds a new index of the sidecars."""
+    expected_warnings(
+        "is not known: .*malformed", "cache index set aside", "rebuilt from sidecars: 1 images, 100"
+    )
     pages = 100
     size_bytes = pages * PAGE_CHUNKS * CHUNK
     cache = CacheDir(path)
@@ -302,7 +307,8 @@ def test_index_found_corrupt_while_in_use_is_set_aside_at_the_next_start(
         assert file.read(start, stop) == content(2, start, stop)
     cache.close()
     cache = CacheDir(path)
-    assert cache.index.entries() == []
+    assert cache.open_image(file.key).present_count == pages
+    assert cache.statistics() == CacheStatistics(rebuilt_images=1, set_aside=1, removed_files=0)
     cache.close()
 
 
@@ -388,7 +394,7 @@ WRITER = """
 import random, sys
 from pathlib import Path
 from store_images import chunks_content, open_new
-from lazyimg.store.cachedir import CacheDir
+from lazyimg.store.cachedir import CacheDir, CacheStatistics
 
 path, size_bytes, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 rng = random.Random(seed)

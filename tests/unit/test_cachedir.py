@@ -103,7 +103,7 @@ def _plain_file(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_other_version, "is of version '2', not '1'"),
+        (_other_version, "is of version '2', later than 1; run the lazyimg that made it"),
         (_other_files, "holds other files; give an empty folder"),
         (_writable_by_others, "can be written by others; run: chmod go-w"),
         (_link, "is a symbolic link"),
