@@ -51,6 +51,8 @@ async def make_known_down(rig: ImageRig, catalog: Catalog) -> None:
     rig.glance.image_error = rig.glance.list_error = DOWN
     for number in range(UNANSWERED_MAX):
         await undecided(catalog, image_id(900 + number))
+    # The last of them may have been answered before it was asked about.
+    await wait_all_tasks_blocked()
 
 
 async def test_nobody_waits_for_glance_that_is_known_to_be_down(
