@@ -5,10 +5,13 @@
     ├── Unreachable                  3
     │   ├── DaemonUnreachable            no daemon answers on the control socket
     │   └── GlanceUnavailable            the only retryable one: a passing fault of Glance or Keystone
-    │       └── WholeBody                Glance sent the whole image where a range was asked
+    │       ├── WholeBody                Glance sent the whole image where a range was asked
+    │       └── SourceDoubted            Glance sent bytes that it says are of other content than the image's
     ├── ImageNotFound                4   Glance has no such image, or does not show it to us (404)
     ├── ImageRefused                 5   it exists and must not or cannot be presented
     │   ├── ImageForbidden               Glance refuses its record or its bytes (403)
+    │   ├── ImageChanged                 Glance has other content under its id than when it was first seen
+    │   ├── ImageQuarantined             what was fetched of it is not what Glance's hash of it says
     │   └── SourceDamaged                its own tables or compressed clusters are not what its format allows
     ├── InUse                        6   a mount, mountpoint, cache folder, socket or image is busy
     ├── DestinationRefused           7   a DEST that exists or a size that does not fit
@@ -66,6 +69,10 @@ class WholeBody(GlanceUnavailable):
     """Glance answered a range request with the whole image; three in a row mean that it cannot do ranges."""
 
 
+class SourceDoubted(GlanceUnavailable):
+    """Glance sent bytes that it says are of other content than the image's; its record decides."""
+
+
 class ImageNotFound(LazyImgError):
     """Glance has no such image, or does not show it to these credentials."""
 
@@ -80,6 +87,14 @@ class ImageRefused(LazyImgError):
 
 class ImageForbidden(ImageRefused):
     """Glance refuses the image's record or bytes to these credentials, or it is deactivated."""
+
+
+class ImageChanged(ImageRefused):
+    """Glance has other content under the image's id than when it was first seen; what is absent never comes."""
+
+
+class ImageQuarantined(ImageRefused):
+    """What was fetched of the image is not what Glance's hash of it says; no byte of it is served."""
 
 
 class SourceDamaged(ImageRefused):

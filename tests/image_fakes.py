@@ -18,10 +18,11 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from lazyimg.core.identity import ImageRecord
 from lazyimg.core.readahead import Readahead
-from lazyimg.errors import GlanceUnavailable, ImageNotFound
+from lazyimg.errors import GlanceUnavailable, ImageNotFound, SourceDoubted
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.fetcher import Fetcher
 from lazyimg.image.lazyimage import LazyImage
+from lazyimg.image.pinned import PinnedSource
 from lazyimg.image.prefetcher import Prefetcher
 from lazyimg.image.slots import ByteBudget, FlightSlots
 from lazyimg.image.tablestore import TableStore
@@ -112,7 +113,7 @@ class FakeGlance:
 
     @asynccontextmanager
     async def open_range(
-        self, image_id: str, start: int, stop: int, *, size_bytes: int
+        self, image_id: str, start: int, stop: int, *, size_bytes: int, checksum: str | None = None
     ) -> AsyncIterator[AsyncIterator[bytes]]:
         assert 0 <= start < stop <= size_bytes
         self.ranges.append((start, stop))
@@ -122,17 +123,26 @@ class FakeGlance:
         self.out.append((image_id, start, stop))
         self.out_max = max(self.out_max, len(self.out))
         try:
+            self._check_content(image_id, checksum)
             async with self._reply(image_id, start, stop) as body:
                 yield body
         finally:
             self.out.remove((image_id, start, stop))
 
     @asynccontextmanager
-    async def open_stream(self, image_id: str, *, size_bytes: int) -> AsyncIterator[AsyncIterator[bytes]]:
+    async def open_stream(
+        self, image_id: str, *, size_bytes: int, checksum: str | None = None
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
         self.streams += 1
         self.asked_at.append(trio.current_time())
+        self._check_content(image_id, checksum)
         async with self._reply(image_id, 0, size_bytes) as body:
             yield body
+
+    def _check_content(self, image_id: str, checksum: str | None) -> None:
+        sent = self.records[image_id].checksum if image_id in self.records else None
+        if checksum and sent and checksum != sent:
+            raise SourceDoubted(f"image {image_id}: sent {sent}, not {checksum}")
 
     @asynccontextmanager
     async def _reply(self, image_id: str, start: int, stop: int) -> AsyncIterator[AsyncIterator[bytes]]:
@@ -210,6 +220,9 @@ class ImageRig:
         self.hash_limiter = trio.CapacityLimiter(1)
         self.decoding = trio.CapacityLimiter(2)
         self.writers: list[Writer] = []
+        # Inodes whose pages the kernel was told to forget, and how often there was news of an image.
+        self.forgotten: list[int] = []
+        self.news_count = 0
         # By image id; the last one opened of each.
         self.files: dict[str, ChunkFile] = {}
 
@@ -250,13 +263,14 @@ class ImageRig:
             self.read_limiter,
             self.write_limiter,
             self.hash_limiter,
+            forget_pages=self.forgotten.append,
         )
 
     def make_fetcher(self, record: ImageRecord, file: ChunkFile, writer: Writer) -> Fetcher:
         return Fetcher(
             record.id,
             StoredView(file.size_bytes),
-            self.glance,
+            PinnedSource(self.glance, record, self.has_news),
             writer,
             TableStore(file, self.read_limiter),
             self.slots,
@@ -266,6 +280,9 @@ class ImageRig:
             read_timeout_s=self.read_timeout_s,
             retry_pause_max_s=5,
         )
+
+    def has_news(self) -> None:
+        self.news_count += 1
 
     def catalog(self, nursery: trio.Nursery | None = None, *, is_resumed: bool = False) -> Catalog:
         """Return a catalog over the cache folder; several one after the other are daemons that were replaced."""

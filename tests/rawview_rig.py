@@ -23,7 +23,16 @@ def raw_maker(rig: ImageRig, *, request_bytes_max: int = MIB) -> ImageMaker:
         rig.slots, rig.budget, rig.read_limiter, rig.write_limiter, rig.hash_limiter, rig.decoding
     )
     limits = FetchLimits(request_bytes_max, 256 << 10, rig.read_timeout_s, 5, MIB)
-    return ImageMaker(rig.glance, rig.space, shared, rig.nursery, view="raw", limits=limits)
+    return ImageMaker(
+        rig.glance,
+        rig.space,
+        shared,
+        rig.nursery,
+        view="raw",
+        limits=limits,
+        forget_pages=rig.forgotten.append,
+        has_news=rig.has_news,
+    )
 
 
 def add_qcow2(rig: ImageRig, number: int, source: bytes) -> ImageRecord:

@@ -46,6 +46,10 @@ class ImageRecord:
         """The name under `_base`: sha1 of the id in hex (nova.virt.imagecache.get_cache_fname)."""
         return base_name(self.id)
 
+    def is_same_as(self, other: ImageRecord) -> bool:
+        """True if the other record is of the same bytes."""
+        return self._digest("") == other._digest("")
+
     def key(self, view: str) -> str:
         """Return the cache key of these bytes in this view: 32 hex digits, another for every other identity."""
         return self._digest(view)[:32]

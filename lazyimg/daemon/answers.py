@@ -225,6 +225,8 @@ def _image_status(entry: ImageEntry, image: LazyImage | None, *, is_held: bool) 
     if state == "active":
         state = "whole" if present_bytes == entry.size_bytes else "lazy"
     missing_bytes = entry.size_bytes - present_bytes
+    if entry.reason:
+        fields["reason"] = entry.reason
     return fields | {
         "state": state,
         "missing_bytes": missing_bytes,

@@ -27,13 +27,16 @@ from lazyimg.errors import (
     ChunkAbsent,
     ChunkDamaged,
     GlanceUnavailable,
+    ImageChanged,
     ImageForbidden,
     ImageNotFound,
+    ImageQuarantined,
     ImageRefused,
     LazyImgError,
     LookupUndecided,
     ReadTimeout,
     SourceDamaged,
+    SourceDoubted,
     WholeBody,
 )
 
@@ -53,6 +56,9 @@ ERRNO: dict[type[LazyImgError], int] = {
     ChunkAbsent: errno.EIO,
     ChunkDamaged: errno.EIO,
     SourceDamaged: errno.EIO,
+    SourceDoubted: errno.EIO,
+    ImageChanged: errno.EIO,
+    ImageQuarantined: errno.EIO,
     LookupUndecided: errno.EAGAIN,
 }
 # Names of a listing looked up in one go; the kernel's buffer of 4 KiB holds about this many.

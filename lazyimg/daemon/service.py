@@ -24,6 +24,7 @@ from lazyimg.daemon.filesystem import Filesystem
 from lazyimg.daemon.handshake import Resumption
 from lazyimg.daemon.holder import LISTEN_FDS_START, Handover
 from lazyimg.daemon.inflight import StuckRequests
+from lazyimg.daemon.kernelpages import KernelPages
 from lazyimg.daemon.lazyfiles import LazyFiles, parse_owner
 from lazyimg.daemon.loop import quicken
 from lazyimg.daemon.notify import notify
@@ -34,6 +35,7 @@ from lazyimg.glance.client import GlanceClient
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.hydrator import Hydrator
 from lazyimg.image.maker import FetchLimits, ImageMaker, Shared
+from lazyimg.image.recordwatch import RecordWatch
 from lazyimg.image.slots import ByteBudget, FlightSlots
 from lazyimg.image.space import CacheSpace
 from lazyimg.store.cachedir import CacheDir
@@ -97,6 +99,7 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
         )
         resumption = Resumption(fuse_fd, handover.init_request)
         async with trio.open_nursery() as nursery:
+            watch = RecordWatch(glance)
             maker = ImageMaker(
                 glance,
                 space,
@@ -110,6 +113,8 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
                     config.retry_pause_max,
                     config.tables_memory_max,
                 ),
+                forget_pages=KernelPages(nursery).forget_nowait,
+                has_news=watch.wake,
             )
             catalog = Catalog(
                 glance,
@@ -125,6 +130,7 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
             await nursery.start(space.keep_room, catalog.busy_keys, catalog.try_evict)
             nursery.start_soon(_again_after_faults, _commit_now_and_then, catalog)
             nursery.start_soon(_again_after_faults, glance.keep_probing)
+            nursery.start_soon(_again_after_faults, watch.run, catalog)
             if config.hydrate:
                 hydrator = Hydrator(
                     catalog, space, delay_s=config.hydrate_delay, bytes_per_s=config.hydrate_rate

@@ -21,7 +21,7 @@ from lazyimg.glance.auth import Access, Auth
 from lazyimg.glance.connections import Connections, Reply
 from lazyimg.glance.endpoints import Ask, Endpoints, EndpointStatistics
 from lazyimg.glance.records import BadRecord, parse_json, parse_list, parse_record
-from lazyimg.glance.replies import check_range, check_stream, has_length, refusal
+from lazyimg.glance.replies import check_content, check_range, check_stream, has_length, refusal
 
 # Largest bodies read whole.  A record is 1 to 2 KB, with long properties some tens of KB.
 RECORD_BYTES_MAX = 1 << 20
@@ -140,30 +140,31 @@ class GlanceClient:
         return sorted(records.values(), key=lambda record: record.created_at, reverse=True)
 
     def open_range(
-        self, image_id: str, start: int, stop: int, *, size_bytes: int
+        self, image_id: str, start: int, stop: int, *, size_bytes: int, checksum: str | None = None
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Ask for `[start, stop)` of the source; entering gives its bytes in pieces as they arrive.
 
-        size_bytes: the whole source's.  Together the pieces are exactly the range, or the iterator raises
-        GlanceUnavailable after what came; they are never more.  Entering raises WholeBody when Glance sends
-        the image whole, RangesNotSupported when its store cannot do ranges, ImageNotFound or ImageForbidden.
+        size_bytes, checksum: the whole source's.  Together the pieces are exactly the range, or the iterator raises
+        GlanceUnavailable after what came; they are never more.  Entering raises SourceDoubted where Glance says
+        that it sends other content, WholeBody when it sends the image whole, RangesNotSupported when its store
+        cannot do ranges, ImageNotFound or ImageForbidden.
         """
         assert 0 <= start < stop <= size_bytes
-        return self._open_range(image_id, start, stop, size_bytes)
+        return self._open_range(image_id, start, stop, size_bytes, checksum)
 
     def open_stream(
-        self, image_id: str, *, size_bytes: int
+        self, image_id: str, *, size_bytes: int, checksum: str | None = None
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Ask for the source from its first byte to its last, in pieces as they arrive.
 
         Together exactly size_bytes, or the iterator raises GlanceUnavailable after what came.  Entering
         raises as `open_range` does, but for WholeBody and RangesNotSupported.
         """
-        return self._open_stream(image_id, size_bytes)
+        return self._open_stream(image_id, size_bytes, checksum)
 
     @asynccontextmanager
     async def _open_range(
-        self, image_id: str, start: int, stop: int, size_bytes: int
+        self, image_id: str, start: int, stop: int, size_bytes: int, checksum: str | None
     ) -> AsyncGenerator[AsyncIterator[bytes], None]:
         what = f"image {image_id} [{start}, {stop})"
         # HTTP's ranges include their last byte (RFC 9110 §14.1.2); ours end nowhere else but here.
@@ -171,6 +172,7 @@ class GlanceClient:
         async with self._reply(
             f"/v2/images/{quote(image_id, safe='')}/file", what, headers, may_wait=True
         ) as reply:
+            check_content(reply.headers, checksum, what)
             check_range(reply.status_code, reply.headers, start, stop, size_bytes, what)
             async with aclosing(self._exactly(reply, stop - start, what)) as pieces:
                 if has_length(reply.headers):
@@ -184,12 +186,13 @@ class GlanceClient:
 
     @asynccontextmanager
     async def _open_stream(
-        self, image_id: str, size_bytes: int
+        self, image_id: str, size_bytes: int, checksum: str | None
     ) -> AsyncGenerator[AsyncIterator[bytes], None]:
         what = f"image {image_id}"
         async with self._reply(
             f"/v2/images/{quote(image_id, safe='')}/file", what, {}, may_wait=True
         ) as reply:
+            check_content(reply.headers, checksum, what)
             check_stream(reply.status_code, reply.headers, size_bytes, what)
             async with aclosing(self._exactly(reply, size_bytes, what)) as pieces:
                 yield pieces

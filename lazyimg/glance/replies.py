@@ -16,6 +16,7 @@ from lazyimg.errors import (
     ImageNotFound,
     LazyImgError,
     RangesNotSupported,
+    SourceDoubted,
     WholeBody,
 )
 
@@ -24,6 +25,7 @@ RETRY_AFTER_S_MAX = 3600.0
 
 # RFC 9110 §14.4.  19 digits hold every offset a file can have.
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
+_MD5_HEX = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _LENGTH = re.compile(r"\d{1,19}", re.ASCII)
 _SECONDS = re.compile(r"\d{1,9}", re.ASCII)
 
@@ -64,6 +66,19 @@ def check_stream(status: int, headers: Mapping[str, str], size_bytes: int, what:
         raise GlanceUnavailable(f"{what}: Glance answered {status} where all {size_bytes} bytes were asked")
     if length not in (None, size_bytes):
         raise GlanceUnavailable(f"{what}: Glance announces {length} of {size_bytes} bytes")
+
+
+def check_content(headers: Mapping[str, str], checksum: str | None, what: str) -> None:
+    """Raise SourceDoubted if the reply says that its bytes are of other content.
+
+    checksum: the image's own, MD5 in hex.  Glance sends that of the whole image in Content-MD5, whatever range is
+    asked (glance.common.wsgi and api.v2.image_data), which RFC 1864 never meant; so only 32 hex digits count.
+    """
+    sent = headers.get("content-md5", "").lower()
+    if checksum and _MD5_HEX.fullmatch(sent) and sent != checksum.lower():
+        raise SourceDoubted(
+            f"{what}: Glance sends bytes of an image whose checksum is {sent}, not {checksum}"
+        )
 
 
 def refusal(status: int, headers: Mapping[str, str], body: bytes, what: str) -> LazyImgError:

@@ -26,12 +26,13 @@ from lazyimg.errors import (
     LookupUndecided,
 )
 from lazyimg.image.decisions import Decisions, Refusals
+from lazyimg.image.eviction import Eviction
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.listing import Listing
 from lazyimg.image.maker import Maker
 from lazyimg.image.openimages import FetchTotals, OpenImages
 from lazyimg.image.reachability import Records, WatchedGlance
-from lazyimg.image.states import JUDGING, States
+from lazyimg.image.states import CHANGED, JUDGING, States
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
 
@@ -77,9 +78,14 @@ class Catalog:
             # One whose judgement was cut short is judged anew when it is asked for.
             if entry.view == view and entry.state != JUDGING:
                 self._publish(entry)
+                if entry.state == CHANGED:
+                    # Its inode is known to who has it open, its name is another image's.
+                    self._unpublish(entry)
         # A daemon that was replaced does not tell the next which handles were open.
-        maybe_open = {e.key for e in self._entries() if e.in_use} if is_resumed else set()
+        entries = cache.index.entries() if is_resumed else []
+        maybe_open = {e.key for e in entries if e.view == view and (e.in_use or e.state == CHANGED)}
         self._opened = OpenImages(cache, maker, limiter, maybe_open)
+        self._eviction = Eviction(self._glance, cache, self._states, self._opened, self._unpublish)
         # Asked and not published.
         self._decisions = Decisions(
             nursery,
@@ -121,10 +127,10 @@ class Catalog:
             if known is None:
                 raise
             return await self.image_of(known.key)
-        except (ImageNotFound, ImageForbidden):
+        except (ImageNotFound, ImageForbidden) as exc:
             if known is None:
                 raise
-            await self._states.mark(known, state="gone")
+            await self.seen(known, exc)
             found = await self.image_of(known.key)
             if not found.is_whole:
                 raise
@@ -204,7 +210,15 @@ class Catalog:
 
     def entries(self) -> list[tuple[ImageEntry, LazyImage | None]]:
         """Return what the index has of each published image, with the image itself if it is open."""
-        return [(entry, self._opened.get(entry.key)) for entry in self._entries()]
+        # Those of a changed identity have lost their name to another, and may be open.
+        keys = dict.fromkeys([*self._keys.values(), *self._keys_by_inode.values()])
+        found = (self._cache.index.get(key) for key in keys)
+        return [(entry, self._opened.get(entry.key)) for entry in found if entry is not None]
+
+    def watched(self) -> list[ImageEntry]:
+        """Return the entries of images that are in use here."""
+        held = self._opened.held_keys()
+        return [entry for entry, _ in self.entries() if entry.in_use or entry.key in held]
 
     def refusals(self) -> list[tuple[ImageRecord, str]]:
         """Return the images that are not shown, with the reason."""
@@ -240,6 +254,15 @@ class Catalog:
         if entry is not None:
             await self._states.mark(entry, mtime_ns=mtime_ns, in_use=True)
 
+    async def seen(self, entry: ImageEntry, seen: ImageRecord | LazyImgError) -> None:
+        """Note what Glance answered when it was asked for an image's record: that, or its absence."""
+        entry = await self._states.seen(entry, self._opened.get(entry.key), seen)
+        if entry.state == CHANGED:
+            # Whoever holds it open goes on with what is here; its name leads to what Glance has now.
+            self._unpublish(entry)
+            if entry.key not in self._opened.held_keys():
+                self._nursery.start_soon(self._eviction.drop_unused, entry.key)
+
     async def released(self, image: LazyImage) -> None:
         """A handle was released; with the last one of an image hidden since it was opened, its chunks go."""
         entry = self.entry_of(image)
@@ -248,7 +271,7 @@ class Catalog:
         if entry.in_use:
             await self.used(image)
         elif not image.open_handles:
-            self._nursery.start_soon(self._drop_hidden, entry.key)
+            self._nursery.start_soon(self._eviction.drop_unused, entry.key)
 
     async def hide(self, name: str) -> None:
         """End the use of a base name's image here: it is not listed, and its next use is its first.
@@ -261,51 +284,19 @@ class Catalog:
         await self._states.mark(entry, in_use=False, mtime_ns=0)
         image = self._opened.get(entry.key)
         if image is None or not image.open_handles:
-            self._nursery.start_soon(self._drop_hidden, entry.key)
-
-    async def _drop_hidden(self, key: str) -> None:
-        entry = self._cache.index.get(key)
-        # It may have been opened again since.
-        if entry is not None and not entry.in_use:
-            await self.try_evict(key)
+            self._nursery.start_soon(self._eviction.drop_unused, entry.key)
 
     def busy_keys(self) -> set[str]:
         """Return the images that must not be dropped now: open, being fetched, or all that is left of them."""
-        gone = {entry.key for entry in self._cache.index.entries() if entry.state == "gone"}
-        return self._opened.busy_keys() | gone
+        return self._eviction.busy_keys()
 
     async def evict(self, key: str) -> int:
-        """Drop an image's chunks; return the bytes freed.
-
-        Raises InUse where it is open, ImageRefused where Glance no longer has it, GlanceUnavailable where that
-        cannot be found out.
-        """
-        entry = self._cache.index.get(key)
-        if entry is None:
-            return 0
-        image_id = entry.record.id
-        try:
-            await self._glance.image(image_id)
-        except (ImageNotFound, ImageForbidden) as exc:
-            await self._states.mark(entry, state="gone")
-            raise ImageRefused(
-                f"image {image_id}: kept, Glance no longer has it: what is here is all there is"
-            ) from exc
-        freed_bytes = await self._opened.remove(entry.record, key, lambda: self._unpublish(entry))
-        logger.info("image %s: dropped from the cache, %d bytes freed", image_id, freed_bytes)
-        return freed_bytes
+        """Drop an image's chunks; see `Eviction.evict`."""
+        return await self._eviction.evict(key)
 
     async def try_evict(self, key: str) -> bool:
         """Drop an image to make room; False if it may not be dropped after all."""
-        try:
-            await self.evict(key)
-        except LazyImgError as exc:
-            logger.info("not dropped: %s", exc)
-            return False
-        except OSError as exc:
-            logger.warning("image of key %s: not dropped: %s", key, exc)
-            return False
-        return True
+        return await self._eviction.try_evict(key)
 
     # ── decisions ──
 
@@ -321,9 +312,12 @@ class Catalog:
         async with self._judging.setdefault(key, trio.Lock()):
             if self._keys.get(record.base_name) == key:
                 entry = self._cache.index.get(key)
-                if entry is not None and entry.state == "gone":
-                    await self._states.mark(entry, state="active")
+                if entry is not None:
+                    await self.seen(entry, record)
                 return await self.image_of(key)
+            other = self._entry_of_id(record.id)
+            if other is not None:
+                await self.seen(other, record)
             self._refusals.check(record)
             if record.status != "active" or record.size_bytes is None:
                 reason = f"image {record.id}: its status is {record.status}; it must be active"

@@ -17,11 +17,13 @@ from lazyimg.core.chunks import chunks_of
 from lazyimg.core.fetchplan import FetchPlan, Piece, Request
 from lazyimg.errors import (
     GlanceUnavailable,
+    ImageChanged,
     ImageForbidden,
     ImageNotFound,
     LazyImgError,
     RangesNotSupported,
     SourceDamaged,
+    SourceDoubted,
     WholeBody,
 )
 from lazyimg.image.arrivals import Arrivals
@@ -89,6 +91,8 @@ class Fetcher:
         # False while only lookups want bytes: their flights may take the slots kept for them, and their stream ends
         # when it has what they want.  One for a reader goes to the end, since the next would begin at zero again.
         self._has_reader = False
+        # Why Glance is not asked for bytes.
+        self.refusal: LazyImgError | None = None
         self._is_stopped = False
         self._requests = 0
         self._fetched_bytes = 0
@@ -156,6 +160,14 @@ class Fetcher:
         for piece in self._wants.missing_pieces(urgent=False):
             self._want((piece,), urgent=False)
 
+    def refuse(self, reason: LazyImgError | None) -> None:
+        """Fetch nothing any more, and tell so whoever waits; None: fetch again."""
+        self.refusal = reason
+        if reason is not None:
+            self._wants.last_error = reason
+            self._plan.abandon_background()
+            self._wants.fail(list(self._wants), reason)
+
     def stop(self) -> None:
         """End all flights; whoever still waits is told that the image was dropped."""
         self._is_stopped = True
@@ -175,6 +187,8 @@ class Fetcher:
             self._plan.want(pieces, urgent=urgent)
 
     def _want_ahead(self, chunks: Iterable[int]) -> None:
+        if self.refusal is not None:
+            return
         absent = [chunk for chunk in chunks if not self._writer.holds(chunk) and chunk not in self._wants]
         try:
             # A guess is not worth fetching tables for.
@@ -233,6 +247,8 @@ class Fetcher:
         return bool(doubtful)
 
     def _join(self, key: int | Piece, *, urgent: bool) -> Want:
+        if self.refusal is not None:
+            raise type(self.refusal)(str(self.refusal)) from self.refusal
         is_known = key in self._wants
         want = self._wants.join(key, urgent=urgent)
         if not is_known:
@@ -375,16 +391,17 @@ class Fetcher:
             if self._whole_bodies >= WHOLE_BODIES_MAX and not self._ranges_proven:
                 self._become_stream(error)
                 return
-        if isinstance(error, ImageNotFound | ImageForbidden) and await self._is_final():
-            self._wants.fail(list(self._wants), error)
+        if isinstance(error, ImageNotFound | ImageForbidden | SourceDoubted) and await self._is_final():
+            assert self._wants.last_error is not None
+            self._wants.fail(list(self._wants), self._wants.last_error)
             return
         await self._backoff.pause(self._wants.last_error)
 
     async def _is_final(self) -> bool:
-        """True if Glance's record of the image says that it is gone; bytes alone that are refused are not."""
+        """True if Glance's record says that the image is gone or another; bytes alone that are refused are not."""
         try:
             await self._glance.image(self._image_id)
-        except (ImageNotFound, ImageForbidden) as exc:
+        except (ImageNotFound, ImageForbidden, ImageChanged) as exc:
             self._wants.last_error = exc
             return True
         except LazyImgError as exc:

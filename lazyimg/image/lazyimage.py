@@ -15,7 +15,7 @@ import trio
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES, chunk_range, chunks_of
 from lazyimg.core.identity import ImageRecord
-from lazyimg.errors import ChunkAbsent, ChunkDamaged
+from lazyimg.errors import ChunkAbsent, ChunkDamaged, LazyImgError
 from lazyimg.image.fetcher import Fetcher, FetchStatistics
 from lazyimg.image.prefetcher import Prefetcher
 from lazyimg.image.want import Cause
@@ -57,8 +57,10 @@ class LazyImage:
         write_limiter: trio.CapacityLimiter,
         hash_limiter: trio.CapacityLimiter,
         *,
+        forget_pages: Callable[[int], None],
         is_decoded: bool = False,
     ) -> None:
+        """Wire it up.  forget_pages: has the kernel forget what it keeps of an inode; returns at once."""
         self.record = record
         self.inode = inode
         self.size_bytes = file.size_bytes
@@ -66,6 +68,8 @@ class LazyImage:
         self.open_handles = 0
         # True once the image was evicted: its descriptor's number may be another file's by now.
         self.is_dropped = False
+        # Why no byte of it may be read.
+        self.refusal: LazyImgError | None = None
         # When somebody last waited for bytes of it, on trio's clock.
         self.last_wanted_s = trio.current_time()
         self._released = trio.Event()
@@ -76,6 +80,7 @@ class LazyImage:
         self._read_limiter = read_limiter
         self._write_limiter = write_limiter
         self._hash_limiter = hash_limiter
+        self._forget_pages = forget_pages
         # Glance's hash is of the source, not of what is decoded from it.
         self._is_decoded = is_decoded
 
@@ -127,6 +132,12 @@ class LazyImage:
         self._released.set()
         self.fetcher.stop()
 
+    def refuse(self, reason: LazyImgError | None) -> None:
+        """Answer every read with this from now on, and have the kernel forget what it was given; None: read again."""
+        if reason is not None and self.refusal is None:
+            self._forget_pages(self.inode)
+        self.refusal = reason
+
     def read_nowait(self, start: int, size_bytes: int) -> bytes | memoryview | None:
         """Return the bytes if they are present, proven and in the page cache, else None: await `read`.
 
@@ -135,7 +146,7 @@ class LazyImage:
         stop = min(start + size_bytes, self.size_bytes)
         if start >= stop:
             return b""
-        if self.is_dropped:
+        if self.is_dropped or self.refusal is not None:
             return None
         data = self._file.read_nowait(start, stop)
         if data is not None and not self._file.is_whole:
@@ -148,9 +159,19 @@ class LazyImage:
     async def read(self, start: int, size_bytes: int, *, for_lookup: bool = False) -> bytes:
         """Return `[start, start + size_bytes)`, less only at the image's end, waiting for what is absent.
 
-        Raises ReadTimeout, ImageNotFound, ImageForbidden; see Fetcher.fetch.
+        Raises ReadTimeout, ImageNotFound, ImageForbidden, ImageChanged; see Fetcher.fetch; ImageQuarantined.
         """
-        stop = min(start + size_bytes, self.size_bytes)
+        self._check_refusal()
+        data = await self._read(start, min(start + size_bytes, self.size_bytes), for_lookup=for_lookup)
+        # Found out while it was read.
+        self._check_refusal()
+        return data
+
+    def _check_refusal(self) -> None:
+        if self.refusal is not None:
+            raise type(self.refusal)(str(self.refusal)) from self.refusal
+
+    async def _read(self, start: int, stop: int, *, for_lookup: bool) -> bytes:
         chunks = chunks_of(start, stop)
         fetched: dict[int, bytes] = {}
         for attempt in range(READ_ROUNDS_MAX + 1):
@@ -165,7 +186,11 @@ class LazyImage:
                 self.last_wanted_s = trio.current_time()
             try:
                 return await self._assemble(start, stop, fetched)
-            except (ChunkAbsent, ChunkDamaged):
+            except ChunkAbsent:
+                continue
+            except ChunkDamaged:
+                # What the kernel keeps of it may have come from the disk as it is now.
+                self._forget_pages(self.inode)
                 continue
             except OSError as exc:
                 # A dropped image's file is closed, and the fetcher says so.
@@ -238,7 +263,10 @@ class LazyImage:
             except ChunkDamaged as exc:
                 return len(exc.chunks), "unknown"
 
-        return await trio.to_thread.run_sync(check, limiter=self._hash_limiter)
+        damaged_count, source_hash = await trio.to_thread.run_sync(check, limiter=self._hash_limiter)
+        if damaged_count:
+            self._forget_pages(self.inode)
+        return damaged_count, source_hash
 
     async def _absent(self, chunks: range) -> list[int]:
         absent = self._file.absent_nowait(chunks)

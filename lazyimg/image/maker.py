@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from lazyimg.core.readahead import Readahead
 from lazyimg.errors import ImageRefused
 from lazyimg.image.fetcher import Fetcher
 from lazyimg.image.lazyimage import LazyImage
+from lazyimg.image.pinned import PinnedSource
 from lazyimg.image.prefetcher import Prefetcher
 from lazyimg.image.rawview import Qcow2View
 from lazyimg.image.slots import ByteBudget, FlightSlots
@@ -68,13 +70,18 @@ class ImageMaker:
         *,
         view: str,
         limits: FetchLimits,
+        forget_pages: Callable[[int], None],
+        has_news: Callable[[], None],
     ) -> None:
+        """Begin.  forget_pages: as of LazyImage.  has_news: called when Glance's record of an image has changed."""
         self._glance = glance
         self._space = space
         self._shared = shared
         self._nursery = nursery
         self._view = view
         self._limits = limits
+        self._forget_pages = forget_pages
+        self._has_news = has_news
 
     async def make(self, record: ImageRecord, file: ChunkFile, head: bytes | None = None) -> LazyImage:
         """Return the image whose chunks are in `file`.
@@ -97,6 +104,7 @@ class ImageMaker:
             self._shared.cache_reads,
             self._shared.cache_writes,
             self._shared.hashing,
+            forget_pages=self._forget_pages,
             is_decoded=is_decoded(record, self._view),
         )
 
@@ -138,7 +146,7 @@ class ImageMaker:
         return Fetcher(
             record.id,
             view,
-            self._glance,
+            PinnedSource(self._glance, record, self._has_news),
             Writer(sink, space, shared.unwritten, shared.cache_writes, self._nursery),
             TableStore(tables, shared.cache_reads, min(view.source_size_bytes, HEAD_SIZE_BYTES)),
             shared.slots,

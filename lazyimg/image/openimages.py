@@ -12,6 +12,7 @@ from lazyimg.core.identity import ImageRecord
 from lazyimg.errors import InUse
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.maker import Maker
+from lazyimg.image.states import impose
 from lazyimg.store.cachedir import CacheDir
 
 
@@ -84,7 +85,9 @@ class OpenImages:
                     raise KeyError(key)
                 file = await trio.to_thread.run_sync(self._cache.open_image, key, limiter=self._limiter)
                 try:
-                    image = self._images[key] = await self._maker.make(entry.record, file, head)
+                    image = await self._maker.make(entry.record, file, head)
+                    impose(image, entry.state, entry.reason)
+                    self._images[key] = image
                 except BaseException:
                     self._cache.close_image(key)
                     raise

@@ -22,11 +22,11 @@ class Glance(Protocol):
         ...
 
     def open_range(
-        self, image_id: str, start: int, stop: int, *, size_bytes: int
+        self, image_id: str, start: int, stop: int, *, size_bytes: int, checksum: str | None = None
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...
 
     def open_stream(
-        self, image_id: str, *, size_bytes: int
+        self, image_id: str, *, size_bytes: int, checksum: str | None = None
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...
 
 

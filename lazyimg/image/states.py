@@ -1,8 +1,11 @@
-"""What is kept durably of how each image stands: its use here, and what Glance says of it.
+"""How each image stands, and what is kept durably of that: its use here, and what Glance says of it.
 
-An image's state in the index is one of these:
+An image's state in the index is one of these; what is present of it is read in all but the first and the last:
 
-    judging ──► active ──► gone          its first bytes are awaited; shown; Glance no longer has it
+    judging ──► active ◄──► gone           its first bytes are awaited ► shown; Glance no longer has it
+                   ◄──────► deactivated    Glance has it and refuses its bytes; who needs them waits
+                   ◄──────► changed        Glance has other content under its id
+                   ├──────► quarantined    what was fetched is not what Glance's hash says; only `evict` ends it
 """
 
 from __future__ import annotations
@@ -14,15 +17,55 @@ from dataclasses import replace
 
 import trio
 
+from lazyimg.core.identity import ImageRecord
+from lazyimg.errors import ImageChanged, ImageNotFound, ImageQuarantined, LazyImgError
+from lazyimg.image.lazyimage import LazyImage
+from lazyimg.image.pinned import changed_reason, is_other
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
 
 logger = logging.getLogger(__name__)
 
-# Its first bytes are still on their way; it has no name yet.
 JUDGING = "judging"
+ACTIVE = "active"
+GONE = "gone"
+DEACTIVATED = "deactivated"
+CHANGED = "changed"
+QUARANTINED = "quarantined"
+# What is here is all there is, or evidence: never dropped to make room.
+KEPT = frozenset({GONE, DEACTIVATED, QUARANTINED})
 # An open or a release that follows the last by less than this does not change `last_used` on disk.
 USED_INTERVAL_S = 60
+
+
+def standing(entry: ImageEntry, seen: ImageRecord | LazyImgError) -> tuple[str, str]:
+    """Return state and reason of an image, now that Glance answered so when asked for its record.
+
+    seen: an error only where it is final, ImageNotFound or ImageForbidden.
+    """
+    if entry.state == QUARANTINED:
+        return entry.state, entry.reason
+    if isinstance(seen, LazyImgError):
+        return GONE, f"{seen}; what is here of it is kept and read on"
+    if is_other(seen, entry.record):
+        return CHANGED, changed_reason(entry.record)
+    if seen.status == DEACTIVATED:
+        return (
+            DEACTIVATED,
+            f"image {seen.id}: deactivated in Glance; what is absent comes when it is reactivated",
+        )
+    if seen.status == ACTIVE:
+        return ACTIVE, ""
+    return entry.state, entry.reason
+
+
+def impose(image: LazyImage, state: str, reason: str) -> None:
+    """Have an open image behave as its state demands."""
+    absent: dict[str, LazyImgError] = {GONE: ImageNotFound(reason), CHANGED: ImageChanged(reason)}
+    if image.fetcher.refusal is not None or state in absent:
+        image.fetcher.refuse(absent.get(state))
+    if image.refusal is not None or state == QUARANTINED:
+        image.refuse(ImageQuarantined(reason) if state == QUARANTINED else None)
 
 
 class States:
@@ -33,9 +76,39 @@ class States:
         self._limiter = limiter
         self._changing = trio.Lock()
 
+    async def seen(
+        self, entry: ImageEntry, image: LazyImage | None, seen: ImageRecord | LazyImgError
+    ) -> ImageEntry:
+        """Note what Glance answered when asked for an image's record; return the entry as it is now.
+
+        image: itself if it is open; it behaves so at once, also where the disk cannot note it.
+        """
+        state, reason = standing(entry, seen)
+        record = entry.record
+        if isinstance(seen, ImageRecord) and seen.status == ACTIVE and seen.is_same_as(record):
+            # Its name and properties may be changed at any time.
+            record = seen
+        if (state, reason, record) == (entry.state, entry.reason, entry.record):
+            return entry
+        if image is not None:
+            image.record = record
+            impose(image, state, reason)
+        if state != entry.state:
+            is_used = entry.in_use or (image is not None and image.open_handles > 0)
+            level = logging.WARNING if is_used and state != ACTIVE else logging.INFO
+            logger.log(
+                level, "image %s is %s now, it was %s: %s", record.id, state, entry.state, reason or "well"
+            )
+        # A use that has ended is no use of the other image that has its name now.
+        ended = {"in_use": False, "mtime_ns": 0} if state == CHANGED else {}
+        await self.mark(entry, state=state, reason=reason, record=record, **ended)
+        return self._cache.index.get(entry.key) or entry
+
     async def used(self, entry: ImageEntry) -> None:
         """Note that the image is used now; its first use gives it its mtime and a place in the listing."""
         now_s = time.time()
+        if entry.state == CHANGED:
+            return
         if not entry.in_use:
             # A mtime that is being set at this moment is kept: it is looked at when it is this change's turn.
             await self.change(

@@ -114,9 +114,13 @@ async def test_key_is_found_by_id_or_name(rig: ImageRig, catalog: Catalog) -> No
         catalog.key_of("debian")
 
 
-async def test_changed_identity_is_another_file(rig: ImageRig, catalog: Catalog) -> None:
+async def test_changed_identity_is_another_file(
+    rig: ImageRig, catalog: Catalog, expected_warnings: Callable[..., None]
+) -> None:
     """[I1] An id with other bytes gets another key and inode; a guest on the old one keeps its bytes."""
+    expected_warnings("is changed now")
     old = await present(rig, catalog)
+    old.opened()
     changed = rig.glance.add(1, SIZE_BYTES + CHUNK)
     rig.glance.contents[changed.id] = lambda start, stop: content(7, start, stop)
     new = await catalog.find(changed.id)
