@@ -68,6 +68,16 @@ def _field(name: str) -> Callable[[Status], Iterable[Sample]]:
     return samples
 
 
+def _found(name: str) -> Callable[[Status], Iterable[Sample]]:
+    """A number of what was found amiss in the cache folder."""
+
+    def samples(status: Status) -> Iterator[Sample]:
+        if "cache_found" in status:
+            yield (), float(status["cache_found"][name])
+
+    return samples
+
+
 def _of_images(value: Callable[[Status], float]) -> Callable[[Status], Iterable[Sample]]:
     """A sum over all images that are shown."""
 
@@ -144,6 +154,11 @@ METRICS = (
     ),
     _gauge("cache_full", "1 while guests are served without storing.", _field("cache_is_full")),
     _gauge("cache_used_bytes", "What images take on the cache disk.", _field("cache_used_bytes")),
+    _counter(
+        "damaged_chunks",
+        "Chunks on the cache disk that were not what had been stored; they are fetched again.",
+        _found("damaged_chunks"),
+    ),
     _counter(
         "unforeseen_errors",
         "Requests that a fault of lazyimg's own failed.",

@@ -23,6 +23,7 @@ from lazyimg.glance.client import GlanceClient
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.space import CacheSpace
+from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
 
 # Steps reported but not yet read by the client; more of them are not worth keeping.
@@ -36,6 +37,7 @@ class Answers:
         self,
         glance: GlanceClient,
         catalog: Catalog,
+        cache: CacheDir,
         space: CacheSpace,
         in_flight: InFlight,
         stuck: StuckRequests,
@@ -47,6 +49,7 @@ class Answers:
         self._started_at_s = time.time()
         self._glance = glance
         self._catalog = catalog
+        self._cache = cache
         self._space = space
         self._in_flight = in_flight
         self._stuck = stuck
@@ -77,6 +80,7 @@ class Answers:
             "view": self._view,
             "cache_is_full": self._space.is_full,
             "cache_used_bytes": self._space.used_bytes,
+            "cache_found": asdict(self._cache.statistics()),
             "requests": totals.requests,
             "fetched_bytes": totals.fetched_bytes,
             "retries": totals.retries,
@@ -220,6 +224,7 @@ def _image_status(entry: ImageEntry, image: LazyImage | None, *, is_held: bool) 
             "retries": now.fetch.retries,
             "waiting_chunks": now.fetch.waiting_chunks,
             "last_error": now.fetch.last_error,
+            "damaged_chunks": now.damaged_chunks,
         }
         present_bytes = now.present_bytes
     if state == "active":

@@ -150,6 +150,7 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
             answers = Answers(
                 glance,
                 catalog,
+                cache,
                 space,
                 filesystem.in_flight,
                 stuck,

@@ -40,6 +40,7 @@ class ImageStatistics:
 
     present_bytes: int
     open_handles: int
+    damaged_chunks: int
     fetch: FetchStatistics
 
 
@@ -103,7 +104,9 @@ class LazyImage:
 
     def statistics(self) -> ImageStatistics:
         """Return a snapshot of this image's state and counters."""
-        return ImageStatistics(self.present_bytes, self.open_handles, self.fetcher.statistics())
+        return ImageStatistics(
+            self.present_bytes, self.open_handles, self._file.damaged_count, self.fetcher.statistics()
+        )
 
     def waits_for(self, start: int, stop: int) -> Cause | Literal["cache"]:
         """Say what a read of this range that has not returned waits for; what is not being fetched is on the disk."""

@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 class CacheStatistics:
     """What this process found amiss in the folder, and what it did about it."""
 
+    damaged_chunks: int
     rebuilt_images: int
     set_aside: int
     removed_files: int
@@ -71,7 +72,8 @@ class CacheDir:
         self._open: dict[str, ChunkFile] = {}
         # Held while a file is opened or removed, so that no image ever has two ChunkFiles.
         self._open_lock = threading.Lock()
-        self._set_aside_count = self._removed_count = 0
+        # Damaged chunks of files that are closed by now.
+        self._damaged_count = self._set_aside_count = self._removed_count = 0
         self._folders: list[PrivateFolder] = []
         try:
             self._root = self._held(PrivateFolder.open(path))
@@ -118,7 +120,10 @@ class CacheDir:
 
     def statistics(self) -> CacheStatistics:
         """Return a snapshot of what was found amiss since this process opened the folder."""
-        return CacheStatistics(self.index.rebuilt_count, self._set_aside_count, self._removed_count)
+        damaged_count = self._damaged_count + sum(file.damaged_count for file in list(self._open.values()))
+        return CacheStatistics(
+            damaged_count, self.index.rebuilt_count, self._set_aside_count, self._removed_count
+        )
 
     def free_bytes(self) -> int:
         """Return the bytes free on the folder's file system for this user."""
@@ -154,6 +159,7 @@ class CacheDir:
         """Close an image's chunk file, if open; see `ChunkFile.close`."""
         file = self._open.pop(key, None)
         if file is not None:
+            self._damaged_count += file.damaged_count
             file.close()
 
     def remove_image(self, key: str) -> None:

@@ -61,6 +61,8 @@ class ChunkFile:
         self._pages = self._presence.pages
         self._buffer = buffer
         self._fd = fd
+        # Chunks that were found damaged since the file was opened.
+        self.damaged_count = 0
         # Threads inside a call; the descriptor is closed by the last of them, as its number is reused at
         # once.
         self._users = 0
@@ -302,6 +304,7 @@ class ChunkFile:
 
     def _damaged(self, chunks: list[int]) -> ChunkDamaged:
         """Drop damaged chunks and return the error to raise."""
+        self.damaged_count += len(chunks)
         try:
             self._presence.forget(chunks)
         except OSError as exc:

@@ -308,7 +308,9 @@ def test_index_found_corrupt_while_in_use_is_set_aside_at_the_next_start(
     cache.close()
     cache = CacheDir(path)
     assert cache.open_image(file.key).present_count == pages
-    assert cache.statistics() == CacheStatistics(rebuilt_images=1, set_aside=1, removed_files=0)
+    assert cache.statistics() == CacheStatistics(
+        damaged_chunks=0, rebuilt_images=1, set_aside=1, removed_files=0
+    )
     cache.close()
 
 

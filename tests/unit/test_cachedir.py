@@ -250,3 +250,149 @@ def test_free_bytes_are_those_of_the_file_system(cache: CacheDir) -> None:
     """Free space is a positive number of bytes below the size of the disk."""
     found = os.statvfs(cache.path)
     assert 0 < cache.free_bytes() < found.f_blocks * found.f_frsize
+
+
+# ── other versions ──
+
+
+@pytest.mark.parametrize("version", ["0\n", "", "1", "garbage\n", None])
+def test_cache_of_an_older_or_unreadable_version_is_set_aside(
+    path: Path, version: str | None, expected_warnings: Callable[..., None]
+) -> None:
+    """[I2] A cache in a form we do not know is not read, is kept for a human, and is not in the way."""
+    expected_warnings("is of another version, set aside")
+    cache = CacheDir(path)
+    old = fill(cache)
+    cache.close()
+    (path / "version").unlink() if version is None else (path / "version").write_text(version)
+    cache = CacheDir(path)
+    assert cache.index.entries() == []
+    assert not old.exists()
+    assert len(list(path.glob(f"aside/chunks.*/{old.name}"))) == 1
+    assert (path / "version").read_text() == "1\n"
+    fill(cache)
+    cache.close()
+    cache = CacheDir(path)
+    assert cache.open_image(KEY).is_whole
+    cache.close()
+
+
+def test_folder_of_something_else_is_not_taken_for_an_old_cache(path: Path) -> None:
+    """A version that is no number, beside files that are not a cache's, is somebody else's."""
+    path.mkdir()
+    (path / "version").write_text("release 7\n")
+    (path / "index").mkdir()
+    (path / "letters").write_text("dear")
+    with pytest.raises(CacheUnusable, match="holds other files"):
+        CacheDir(path)
+    assert sorted(one.name for one in path.iterdir()) == ["index", "letters", "version"]
+
+
+# ── tricks ──
+
+
+@pytest.mark.parametrize("name", ["chunks", "sidecars", "aside", "index"])
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_stands_in_a_folders_place_is_refused(path: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """A link planted for one of our folders leads nowhere: the start is refused and names it."""
+    CacheDir(path).close()
+    target = tmp_path / "target"
+    (path / name).rename(target)
+    if kind == "link":
+        (path / name).symlink_to(target)
+    else:
+        (path / name).write_text("")
+    before = sorted(target.rglob("*"))
+    with pytest.raises(CacheUnusable, match=f"{name} is not a folder; remove it"):
+        CacheDir(path)
+    assert sorted(target.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["lock", "version"])
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])
+def test_planted_file_is_refused_and_its_target_left_alone(
+    path: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    """A lock or version that is another name of some file is refused before that file is changed."""
+    CacheDir(path).close()
+    target = tmp_path / "target"
+    target.write_text("1\n")
+    (path / name).unlink()
+    match kind:
+        case "link":
+            (path / name).symlink_to(target)
+        case "hard link":
+            os.link(target, path / name)
+        case "pipe":
+            os.mkfifo(path / name)
+    with pytest.raises(CacheUnusable, match="make it usable or give another"):
+        CacheDir(path)
+    assert target.read_text() == "1\n"
+
+
+@pytest.mark.parametrize("name", ["cache.db", "cache.db-wal", "cache.db-shm"])
+@pytest.mark.parametrize("kind", ["link", "hard link"])
+def test_planted_index_is_set_aside(
+    path: Path, tmp_path: Path, name: str, kind: str, expected_warnings: Callable[..., None]
+) -> None:
+    """SQLite follows links: an index with any is set aside unopened, and rebuilt."""
+    expected_warnings(
+        "cache index set aside: .*it (is not a regular file|has another name)", "rebuilt from sidecars"
+    )
+    cache = CacheDir(path)
+    fill(cache)
+    cache.close()
+    target, planted = tmp_path / "target", path / "index" / name
+    target.write_bytes(planted.read_bytes() if planted.exists() else b"")
+    before = target.read_bytes()
+    planted.unlink(missing_ok=True)
+    planted.symlink_to(target) if kind == "link" else os.link(target, planted)
+    cache = CacheDir(path)
+    assert cache.open_image(KEY).read(0, SIZE_BYTES) == content(1, 0, SIZE_BYTES)
+    assert cache.statistics().set_aside == 1
+    cache.close()
+    assert target.read_bytes() == before
+
+
+def test_planted_sidecar_is_not_written_through(path: Path, tmp_path: Path, cache: CacheDir) -> None:
+    """A link or a second name in place of a sidecar leads no write of ours elsewhere."""
+    fill(cache)
+    targets = [tmp_path / "one", tmp_path / "two"]
+    (sums,) = path.glob("sidecars/*.sums")
+    (entry,) = path.glob("sidecars/*.entry")
+    for target in targets:
+        target.write_bytes(b"untouched")
+    for planted in (sums, entry):
+        planted.unlink()
+    sums.symlink_to(targets[0])
+    os.link(targets[1], entry)
+    file = cache.open_image(KEY)
+    file.drop([1])
+    file.write(1, chunks_content(1, 1, 1, SIZE_BYTES))
+    file.commit()
+    cache.index.put(image_entry(1, SIZE_BYTES))
+    assert [target.read_bytes() for target in targets] == [b"untouched"] * 2
+    assert file.read(0, SIZE_BYTES) == content(1, 0, SIZE_BYTES)
+
+
+def test_folder_that_is_swapped_while_open_is_still_ours(path: Path, tmp_path: Path) -> None:
+    """Who renames the cache folder and puts another in its place does not lead us there."""
+    cache = CacheDir(path)
+    fill(cache)
+    path.rename(tmp_path / "away")
+    (path / "chunks").mkdir(parents=True)
+    (path / "sidecars").mkdir()
+    file = cache.open_image(KEY)
+    assert file.read(0, SIZE_BYTES) == content(1, 0, SIZE_BYTES)
+    cache.remove_image(KEY)
+    assert list((tmp_path / "away" / "chunks").iterdir()) == []
+    assert sorted(one.name for one in path.rglob("*")) == ["chunks", "sidecars"]
+    cache.close()
+
+
+def test_folder_others_may_write_is_refused(path: Path) -> None:
+    """A folder of ours that others could plant files in is refused, too."""
+    CacheDir(path).close()
+    (path / "chunks").chmod(0o777)
+    with pytest.raises(CacheUnusable, match="chunks can be written by others; run: chmod go-w"):
+        CacheDir(path)
