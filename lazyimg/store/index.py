@@ -16,7 +16,7 @@ import sqlite3
 import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +35,8 @@ _PAGE = struct.Struct(f"<{PAGE_CHUNKS}Q")
 _KEY = re.compile(r"[0-9a-f]{32}")
 _KEYS = "images"
 _DAMAGED = "damaged"
+# diskcache's name for it.
+_DATABASE = "cache.db"
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +62,8 @@ class Index:
                                       uint64 each, 0 for absent; tag <key>
         table/<key>/<start>           checksum (uint64) of a part of the source, and the part; tag <key>
     Without `images` it is new or was lost, and is filled from the sidecars, `images` last.  Beside it a file
-    `damaged` appears when SQLite found its file corrupt; the next start sets the folder aside.  Every fault of
-    SQLite is raised as OSError: ENOSPC when the disk is full, else EIO.
+    `damaged` appears when SQLite found its file corrupt; the next start checks it, and sets the folder aside if it
+    is.  Every fault of SQLite is raised as OSError: ENOSPC when the disk is full, else EIO.
     """
 
     def __init__(self, path: Path, sidecars: Sidecars | None = None) -> None:
@@ -72,9 +74,9 @@ class Index:
         # Serialises changes, so that an entry is never written from an old copy.
         self._lock = threading.Lock()
         self._entries: dict[str, ImageEntry] = {}
-        if (path / _DAMAGED).exists():
-            raise IndexDamaged(f"{path}: found corrupt when it was last used")
         try:
+            if (path / _DAMAGED).exists():
+                _check(path)
             self._cache = diskcache.Cache(
                 str(path),
                 disk=_PlainDisk,
@@ -341,6 +343,19 @@ class Index:
                 with suppress(OSError):
                     (self._path / _DAMAGED).touch()
             raise OSError(_errno_of(exc), f"cache index {self._path}: {exc}") from exc
+
+
+def _check(path: Path) -> None:
+    """Take the mark from an index that is whole after all; raise IndexDamaged if it is not.
+
+    SQLite calls a file corrupt also when one read of it fails with EIO (tried with 3.40.1): a disk that failed for
+    a moment must not cost the cache.
+    """
+    with closing(sqlite3.connect(path / _DATABASE)) as connection:
+        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        raise IndexDamaged(f"{path}: found corrupt when it was last used: {found}")
+    (path / _DAMAGED).unlink()
 
 
 def _table_key(key: str, start: int) -> str:

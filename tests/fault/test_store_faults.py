@@ -22,6 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from faulty_disk import FaultyDisk
 from store_images import chunks_content, content, damage, image_entry, open_new
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES as CHUNK
@@ -29,7 +30,7 @@ from lazyimg.core.chunks import chunk_range
 from lazyimg.errors import CacheUnusable, ChunkAbsent, ChunkDamaged
 from lazyimg.store.cachedir import CacheDir, CacheStatistics
 from lazyimg.store.chunkfile import ChunkFile
-from lazyimg.store.index import PAGE_CHUNKS
+from lazyimg.store.index import PAGE_CHUNKS, Index
 
 COUNT = 16
 SIZE_BYTES = COUNT * CHUNK - 9
@@ -275,6 +276,27 @@ def test_spoiled_index_is_never_in_the_way(
         assert list((path / "chunks").iterdir()) == [file.path]
     with opened(path) as (_, file):
         assert file.read(0, SIZE_BYTES) == WHOLE
+
+
+def test_index_that_could_not_be_read_for_a_moment_is_kept(faulty_disk: FaultyDisk) -> None:
+    """SQLite calls its file corrupt when one read of it fails; the next start finds it whole and keeps all."""
+    path = faulty_disk.path / "index"
+    index, entry = Index(path), image_entry(2, 1 << 36)
+    index.put(entry)
+    index.begin(entry.key, "ab" * 8)
+    sums = {page: [page + 1] * PAGE_CHUNKS for page in range(20)}
+    index.commit(entry.key, "ab" * 8, sums, 7)
+    index.close()
+    index = Index(path)
+    faulty_disk.strike("read", path="index/*", error=errno.EIO, count=1)
+    with pytest.raises(OSError, match="malformed"):
+        index.page(entry.key, "ab" * 8, 11)
+    index.close()
+    assert (path / "damaged").exists()
+    index = Index(path)
+    assert index.page(entry.key, "ab" * 8, 11) == tuple(sums[11])
+    assert not (path / "damaged").exists()
+    index.close()
 
 
 def test_index_found_corrupt_while_in_use_is_set_aside_at_the_next_start(
