@@ -48,7 +48,9 @@ class Mounted:
 
 
 @contextlib.contextmanager
-def mount(endpoint: str, folder: Path, *, may_be_replaced: bool = False) -> Iterator[Mounted]:
+def mount(
+    endpoint: str, folder: Path, *, cache_dir: Path | None = None, may_be_replaced: bool = False
+) -> Iterator[Mounted]:
     """Mount inside the block, with cache, control socket and log in `folder`; after it nothing is mounted.
 
     Ends the benchmark if the daemon was replaced meanwhile, unless that is what it is about.
@@ -57,7 +59,8 @@ def mount(endpoint: str, folder: Path, *, may_be_replaced: bool = False) -> Iter
     mountpoint.mkdir(parents=True, exist_ok=True)
     control = folder / "control.sock"
     log = folder / "lazyimg.log"
-    places = ("--endpoint", endpoint, "--cache-dir", folder / "cache", "--control", control)
+    cache_dir = cache_dir or folder / "cache"
+    places = ("--endpoint", endpoint, "--cache-dir", cache_dir, "--control", control)
     with machine.background_process([LAZYIMG, "mount", mountpoint, *map(str, places)], log) as process:
 
         def is_ready() -> bool:

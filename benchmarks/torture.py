@@ -24,7 +24,7 @@ import lazyimg_process
 import machine
 from lazyimg_process import LAZYIMG, Mounted
 from torture_images import MIB, TorturedImage, make_images
-from torture_strikes import Torture, TorturedGlance, children_of
+from torture_strikes import STRIKES, FaultyDisk, Torture, TorturedGlance, children_of
 from torture_tally import Count, Tally
 
 from lazyimg.control import ControlClient
@@ -57,6 +57,7 @@ READERS = (
     ("qemu-io", "raw"),
 )
 WRITERS = (("root", "."), ("sub", "folder"))
+HISTORY_MAX = 100
 DESCRIPTORS_MORE_MAX = 32
 DAEMON_MEMORY_MB_MAX = 250.0
 HOLDER_MEMORY_MORE_MB_MAX = 10.0
@@ -67,6 +68,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, help="of an earlier run, to strike as it did; random by default")
+    parser.add_argument("--strikes", default=",".join(STRIKES), help="which kinds, of %(default)s")
+    parser.add_argument("--log", type=Path, help="where to keep a copy of what lazyimg logged")
     parser.add_argument("--work-dir", type=Path, default=Path("/var/tmp"), help="where images and caches lie")
     options = parser.parse_args()
     if options.seed is None:
@@ -85,16 +88,19 @@ def torture(options: argparse.Namespace, work_dir: Path) -> int:
     images = make_images(work_dir / "images", EmbeddedGlance(glance_data), random.Random(options.seed))
     folder = work_dir / "lazyimg"
     (folder / "_base" / "folder").mkdir(parents=True)
+    disk = FaultyDisk(work_dir / "disk")
     with (
+        _ended(disk),
+        _kept(folder / "lazyimg.log", options.log),
         (work_dir / "glance.log").open("ab") as glance_log,
         TorturedGlance(glance_data, glance_log) as glance,
-        lazyimg_process.mount(glance.url, folder, may_be_replaced=True) as mounted,
+        lazyimg_process.mount(glance.url, folder, cache_dir=disk.path, may_be_replaced=True) as mounted,
     ):
         first_look(mounted, images)
         begin = takes(mounted)
-        strikes = Torture(options.seed, mounted, glance, images)
+        strikes = Torture(options.seed, mounted, glance, disk, images)
         with Workers(options.seed, mounted, images) as workers:
-            strikes.start()
+            strikes.start(options.strikes.split(","))
             peak = watch(workers, mounted, time.monotonic() + options.minutes * 60)
             strikes.stop()
             workers.end()
@@ -108,9 +114,27 @@ def torture(options: argparse.Namespace, work_dir: Path) -> int:
     for problem in problems:
         print(f"MISSED: {problem}")
     if problems:
+        print("\n".join(["what was struck last:", *strikes.history[-HISTORY_MAX:]]))
         print(f"the end of the log:\n{mounted.log[-5000:]}")
     print(f"seed {options.seed}: {'MISSED' if problems else 'all reached'}")
     return int(bool(problems))
+
+
+@contextlib.contextmanager
+def _ended(disk: FaultyDisk) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        disk.end()
+
+
+@contextlib.contextmanager
+def _kept(log: Path, copy: Path | None) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if copy is not None:
+            copy.write_bytes(log.read_bytes())
 
 
 class Workers:
@@ -176,6 +200,7 @@ class Workers:
                 print_state(self._mounted)
                 sys.exit(f"{tally.name} has waited for {tally.waited_s():.0f} s")
             if process.poll() is not None:
+                print_state(self._mounted)
                 sys.exit(f"{tally.name} ended with {process.returncode}")
 
     def end(self) -> None:

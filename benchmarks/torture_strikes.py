@@ -3,6 +3,7 @@
     processes   kill -9 of the daemon, once or again before the next one is ready; chunks damaged on disk, then kill -9
     Glance      ended and started, frozen, slow, lying, closing, refusing, rate-limiting, stalled
     cache       an image evicted
+    disk        under the cache: EIO, ENOSPC, EROFS, slow
 
 Between two strikes of a kind all is well for a while, so that whoever waits gets what he waits for.
 """
@@ -10,6 +11,7 @@ Between two strikes of a kind all is well for a while, so that whoever waits get
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -20,9 +22,10 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from lazyimg_process import Mounted
 from torture_images import CLUSTER_BYTES, TorturedImage
@@ -33,6 +36,11 @@ from lazyimg.demo.faults import FaultPlan, FaultRule
 from lazyimg.demo.programs import wait_first_line
 from lazyimg.errors import LazyImgError
 
+# The disk that fails on request is the tests' own.
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+from faulty_disk import CHANGES, SYNCS, FaultyDisk
+
+STRIKES = ("processes", "Glance", "disk", "cache")
 # The longest that Glance is away, and that the daemon may be until the next one answers.
 OUTAGE_S_MAX = 6.0
 REPLACED_S_MAX = 30.0
@@ -56,30 +64,58 @@ GLANCE_FAULTS: dict[str, tuple[FaultRule, ...]] = {
     "stalled before": (FaultRule("delay", seconds=60),),
     "stalled in a body": (FaultRule("stall", bytes=70_000, seconds=60),),
 }
+DISK_FAULTS: dict[str, dict[str, Any]] = {
+    "EIO on chunks' reads": {"ops": ["read"], "path": "chunks/*", "error": errno.EIO},
+    "EIO on chunks' writes": {"ops": ["write"], "path": "chunks/*", "error": errno.EIO},
+    "EIO on syncs": {"ops": SYNCS, "error": errno.EIO},
+    "EIO on the index": {"ops": ["read", "write", *SYNCS], "path": "index/*", "error": errno.EIO},
+    "EIO on all": {"ops": [], "error": errno.EIO},
+    "full": {"ops": ["write", "create", "mkdir"], "error": errno.ENOSPC},
+    "read-only": {"ops": [*CHANGES, *SYNCS], "error": errno.EROFS},
+    "slow": {"ops": ["read", "write", *SYNCS], "delay_s": 0.3},
+}
 
 
 class Torture:
     """The strikes of one run: begun with `start`, ended with `stop`; what was struck is in `struck`."""
 
     def __init__(
-        self, seed: int, mounted: Mounted, glance: TorturedGlance, images: list[TorturedImage]
+        self,
+        seed: int,
+        mounted: Mounted,
+        glance: TorturedGlance,
+        disk: FaultyDisk,
+        images: list[TorturedImage],
     ) -> None:
         self.struck: Counter[str] = Counter()
+        # When each strike began, or ended, in words.
+        self.history: list[str] = []
         self.replaced_s_max = 0.0
         self._seed = seed
         self._mounted = mounted
         self._glance = glance
+        self._disk = disk
         self._images = images
         self._control = ControlClient(mounted.control)
         self._ending = threading.Event()
         self._threads: list[threading.Thread] = []
         self._errors: list[BaseException] = []
 
-    def start(self) -> None:
-        """Begin to strike."""
-        self._begin("processes", (1, 8), {self._kill: 4, self._kill_burst: 1, self._damage: 2})
-        self._begin("Glance", (0.5, 6), {self._fail_glance: 8, self._end_glance: 1, self._freeze_glance: 1})
-        self._begin("cache", (2, 8), {self._evict: 1})
+    def start(self, kinds: Collection[str] = STRIKES) -> None:
+        """Begin to strike in these ways."""
+        for kind in kinds:
+            match kind:
+                case "processes":
+                    self._begin(kind, (1, 8), {self._kill: 4, self._kill_burst: 1, self._damage: 2})
+                case "Glance":
+                    glance = {self._fail_glance: 8, self._end_glance: 1, self._freeze_glance: 1}
+                    self._begin(kind, (0.5, 4), glance)
+                case "disk":
+                    self._begin(kind, (1, 6), {self._fail_disk: 1})
+                case "cache":
+                    self._begin(kind, (2, 8), {self._evict: 1})
+                case _:
+                    sys.exit(f"--strikes: {kind!r} is none of {', '.join(STRIKES)}")
 
     def stop(self) -> None:
         """Strike no more; returns when all is well.  Raises what a strike itself failed with."""
@@ -107,17 +143,24 @@ class Torture:
         thread.start()
         self._threads.append(thread)
 
+    def _count(self, name: str, times: int = 1) -> None:
+        self.struck[name] += times
+        self._note(name)
+
+    def _note(self, words: str) -> None:
+        self.history.append(f"{datetime.now():%H:%M:%S.%f} {words}")
+
     # ── processes ──
 
     def _kill(self, _chance: random.Random) -> None:
-        self.struck["daemon killed"] += 1
+        self._count("daemon killed")
         self._send_daemon(signal.SIGKILL)
         self._wait_replaced()
 
     def _kill_burst(self, chance: random.Random) -> None:
         """Kill the next one too, before or just after it is ready."""
         for _ in range(chance.randint(2, 4)):
-            self.struck["daemon killed, in a row"] += 1
+            self._count("daemon killed, in a row")
             self._send_daemon(signal.SIGKILL)
             time.sleep(chance.uniform(0.02, 1.2))
         self._wait_replaced()
@@ -126,9 +169,9 @@ class Torture:
         """Change bytes of a chunk file under a daemon that is stopped, and kill it: the next must find them."""
         self._send_daemon(signal.SIGSTOP)
         try:
-            files = sorted((self._mounted.folder / "cache" / "chunks").iterdir())
+            files = sorted((self._disk.lower / "chunks").iterdir())
             if files:
-                self.struck["chunks damaged"] += _damage(chance.choice(files), chance)
+                self._count("chunks damaged", _damage(chance.choice(files), chance))
         finally:
             self._send_daemon(signal.SIGKILL)
         self._wait_replaced()
@@ -158,34 +201,45 @@ class Torture:
 
     def _fail_glance(self, chance: random.Random) -> None:
         name = chance.choice(sorted(GLANCE_FAULTS))
-        self.struck[f"Glance {name}"] += 1
+        self._count(f"Glance {name}")
         self._glance.fail(*GLANCE_FAULTS[name])
-        self._ending.wait(chance.uniform(0.3, OUTAGE_S_MAX))
+        self._ending.wait(_outage_s(chance))
         self._glance.fail()
+        self._note("Glance is well again")
 
     def _end_glance(self, chance: random.Random) -> None:
-        self.struck["Glance ended"] += 1
+        self._count("Glance ended")
         self._glance.stop()
-        self._ending.wait(chance.uniform(0.3, OUTAGE_S_MAX))
+        self._ending.wait(_outage_s(chance))
         self._glance.start()
+        self._note("Glance is well again")
 
     def _freeze_glance(self, chance: random.Random) -> None:
         """Its connections stay, new ones are accepted by the kernel, and nothing is answered."""
-        self.struck["Glance frozen"] += 1
+        self._count("Glance frozen")
         with self._glance.frozen():
-            self._ending.wait(chance.uniform(0.3, OUTAGE_S_MAX))
+            self._ending.wait(_outage_s(chance))
 
-    # ── cache ──
+    # ── the cache and its disk ──
+
+    def _fail_disk(self, chance: random.Random) -> None:
+        name = chance.choice(sorted(DISK_FAULTS))
+        self._count(f"disk {name}")
+        fault = dict(DISK_FAULTS[name])
+        self._disk.strike(*fault.pop("ops"), **fault)
+        self._ending.wait(_outage_s(chance))
+        self._disk.heal()
+        self._note("disk is well again")
 
     def _evict(self, chance: random.Random) -> None:
         image = chance.choice(self._images)
         with Gate(self._mounted.folder / image.name).closed():
             try:
                 self._control.evict(image.record.id)
-                self.struck["image evicted"] += 1
+                self._count("image evicted")
             except LazyImgError:
                 # The daemon may not know yet that nobody has it open, Glance may be away, or no daemon be there.
-                self.struck["image not evicted: refused"] += 1
+                self._count("image not evicted: refused")
 
 
 class TorturedGlance:
@@ -239,6 +293,11 @@ class TorturedGlance:
         body = json.dumps(FaultPlan(*rules).to_json()).encode()
         request = urllib.request.Request(f"{self.url}/faults", body, method="PUT")
         urllib.request.urlopen(request, timeout=30).close()
+
+
+def _outage_s(chance: random.Random) -> float:
+    """Return how long something is to be away: mostly a second or two."""
+    return min(chance.expovariate(1 / 1.5) + 0.2, OUTAGE_S_MAX)
 
 
 def children_of(process_id: int) -> list[int]:

@@ -7,6 +7,7 @@ not at all, and which of them is looked up and counted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -73,7 +74,9 @@ class Writer:
         except OSError as exc:
             words = f"{choice.__name__}: {exc.strerror} ({exc.filename})"
             self.tally.complain(Count.FAILED, words)
-            self._learn()
+            # What fails as well is tried again at the next failure.
+            with contextlib.suppress(OSError):
+                self._learn()
         self.tally.add(Count.CHANGES)
 
     def sums(self) -> dict[str, str]:
