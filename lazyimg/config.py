@@ -85,6 +85,8 @@ class Config(BaseModel):
     lookup_timeout: Seconds = 2
     # Longest pause between two attempts while a reader waits.
     retry_pause_max: Seconds = 5
+    # `lazyimg restart`: until the other daemon is prepared, and for draining where the kernel cannot send again.
+    restart_timeout: Seconds = 30
 
     # ── how much is asked of Glance at once ──
     requests_max: Annotated[int, Field(ge=1, le=256)] = 16

@@ -18,6 +18,7 @@
     ├── CredentialsRefused           8   Keystone or Glance does not accept the credentials
     ├── CacheUnusable                9   the cache folder is of another version, another owner, or broken
     ├── MountFailed                 10   /dev/fuse or the mountpoint cannot be used
+    ├── RestartRefused              11   another daemon cannot take over; the old one goes on
     ├── RangesNotSupported               this image's store cannot serve ranges (400)
     ├── ReadTimeout                      a read waited `read_timeout` and the bytes did not come
     ├── LookupUndecided                  a name could not be decided within `lookup_timeout`
@@ -129,6 +130,12 @@ class MountFailed(LazyImgError):
     """/dev/fuse or the mountpoint cannot be used."""
 
     exit_code = 10
+
+
+class RestartRefused(LazyImgError):
+    """Another daemon cannot take over, or the old one cannot let go; the old one goes on."""
+
+    exit_code = 11
 
 
 class RangesNotSupported(LazyImgError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -284,7 +284,9 @@ class ImageRig:
     def has_news(self) -> None:
         self.news_count += 1
 
-    def catalog(self, nursery: trio.Nursery | None = None, *, is_resumed: bool = False) -> Catalog:
+    def catalog(
+        self, nursery: trio.Nursery | None = None, *, handles: Mapping[int, int] | None = None
+    ) -> Catalog:
         """Return a catalog over the cache folder; several one after the other are daemons that were replaced."""
         return Catalog(
             self.glance,
@@ -295,7 +297,7 @@ class ImageRig:
             view="stored",
             lookup_timeout_s=2,
             negative_ttl_s=2,
-            is_resumed=is_resumed,
+            handles=handles,
         )
 
     async def settle(self) -> None:

@@ -89,7 +89,6 @@ class Mount:
         self.config: dict[str, object] = {**defaults, **config}
         self._endpoint = endpoint
         self._process: subprocess.Popen[bytes] | None = None
-        self._daemons: set[int] = set()
         self._readers = ThreadPoolExecutor(32, thread_name_prefix="reader")
 
     # ── life ──
@@ -116,7 +115,7 @@ class Mount:
         assert self._process is not None
         assert self._process.poll() is None, f"ended with {self._process.returncode}:\n{self.log()}"
         try:
-            self._daemons.add(self.status()["daemon_pid"])
+            self.status()
         except DaemonUnreachable:
             return False
         return True
@@ -144,17 +143,37 @@ class Mount:
         os.kill(pid, signal.SIGKILL)
         return pid
 
+    def new_daemon(self, old_pid: int) -> int:
+        """Return the pid of the daemon that replaced `old_pid`, once it answers."""
+
+        def other_pid() -> int:
+            with contextlib.suppress(DaemonUnreachable):
+                pid: int = self.status()["daemon_pid"]
+                return 0 if pid == old_pid else pid
+            return 0
+
+        return wait_until(other_pid, "another daemon")
+
     def kill_everything(self) -> None:
         """SIGKILL holder and daemon at once."""
         assert self._process is not None
-        pids = {*children_of(self._process.pid), *self._daemons}
-        self._process.kill()
+        # Stopped first: each of them would start the other anew.
+        stopped: set[int] = set()
+        while more := self.processes() - stopped:
+            _signal_all(more, signal.SIGSTOP)
+            stopped |= more
+        _signal_all(stopped, signal.SIGKILL)
         self._process.wait(END_TIMEOUT_S)
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not any(map(is_running, pids)), f"the end of {pids}")
-        self._daemons.clear()
+        wait_until(lambda: not any(map(is_running, stopped)), f"the end of {stopped}")
+
+    def processes(self) -> set[int]:
+        """Return holder, daemon, and whatever else they started: all write to the log."""
+        found = set()
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(folder / "fd" / "2") == str(self.log_path) and is_running(int(folder.name)):
+                    found.add(int(folder.name))
+        return found
 
     def end(self) -> None:
         """Detach the mount and end the processes, whatever state they are in."""
@@ -197,6 +216,12 @@ class Mount:
     def read_later(self, image: ServedImage, start: int, size_bytes: int) -> Future[bytes]:
         """Read a range in a thread."""
         return self._readers.submit(read_direct, self.path_of(image), start, size_bytes)
+
+
+def _signal_all(pids: set[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def read_direct(path: Path, start: int, size_bytes: int) -> bytes:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 EXIT_CODES = (
     "Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 daemon or Glance does not answer, "
     "4 no such image, 5 image refused, 6 in use, 7 destination refused, 8 credentials refused, "
-    "9 cache unusable, 10 cannot mount, 130 interrupted, 143 terminated."
+    "9 cache unusable, 10 cannot mount, 11 not restarted, 130 interrupted, 143 terminated."
 )
 
 app = typer.Typer(

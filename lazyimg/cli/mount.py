@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lazyimg.cli.app import EXIT_CODES, ControlFlag, app
+from lazyimg.cli.app import EXIT_CODES, ControlFlag, app, make_client
 
 if TYPE_CHECKING:
     from lazyimg.config import Config
@@ -47,9 +47,22 @@ def mount(
     }
     settings = load_config(config, flags)
     set_up_logging(settings)
+    from lazyimg.daemon.handover import ConfigSource
     from lazyimg.daemon.holder import run_mount
 
-    sys.exit(run_mount(settings, mountpoint))
+    # In JSON's kinds: a daemon that `lazyimg restart` starts reads the configuration anew.
+    given = {
+        key: list(value) if isinstance(value, tuple) else str(value) for key, value in flags.items() if value
+    }
+    source = ConfigSource(None if config is None else os.path.abspath(config), given)
+    sys.exit(run_mount(settings, source, mountpoint))
+
+
+@app.command(epilog=EXIT_CODES)
+def restart(control: ControlFlag = None) -> None:
+    """Replace the daemon by one of the installed version, with the config as it is now; open files stay open."""
+    old_pid, pid = make_client(control).restart()
+    print(f"daemon {old_pid} has been replaced by daemon {pid}")
 
 
 @app.command(epilog=EXIT_CODES)

@@ -5,8 +5,10 @@ Raises what the daemon raised, as the same class, and DaemonUnreachable where no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,9 @@ PROGRESS_LINE_BYTES_MAX = 64 << 10
 # The daemon answers at once or within its own limits; this one only ends a wait for a daemon that hangs.
 ANSWER_TIMEOUT_S = 300.0
 CONNECT_TIMEOUT_S = 10.0
+# The other daemon answers reads first and here half a second later; a busy machine may take long.
+OTHER_DAEMON_TIMEOUT_S = 60.0
+OTHER_DAEMON_LOOK_S = 0.05
 
 
 class ControlClient:
@@ -54,6 +59,35 @@ class ControlClient:
     def evict(self, image: str) -> int:
         """Drop an image's chunks and return the bytes freed."""
         return int(self._ask("POST", "v1/evict", image)["freed_bytes"])
+
+    def restart(self) -> tuple[int, int]:
+        """Let another daemon take over; return the pid of the old one and of the one that answers now.
+
+        Raises RestartRefused, after which the old one goes on.
+        """
+        old_pid = int(self.status()["daemon_pid"])
+        # An old daemon that ends before its answer is sent has let the other one take over too.
+        with contextlib.suppress(DaemonUnreachable):
+            self._ask("POST", "v1/restart", None)
+        return old_pid, self._wait_other(old_pid)
+
+    def give_up_mount(self) -> None:
+        """Let the daemon end without unmounting, and wait until it has; the caller holds the mount."""
+        with contextlib.suppress(DaemonUnreachable):
+            self._ask("POST", "v1/give-up-mount", None)
+
+    def _wait_other(self, old_pid: int) -> int:
+        deadline_s = time.monotonic() + OTHER_DAEMON_TIMEOUT_S
+        while True:
+            with contextlib.suppress(DaemonUnreachable):
+                pid = int(self.status()["daemon_pid"])
+                if pid != old_pid:
+                    return pid
+            if time.monotonic() > deadline_s:
+                raise DaemonUnreachable(
+                    f"control socket {self._path}: no other daemon answers yet; see the daemon's log"
+                )
+            time.sleep(OTHER_DAEMON_LOOK_S)
 
     def prefetch(self, image: str) -> Generator[Progress, None, None]:
         """Fetch all of an image; closing the generator stops the work."""
@@ -107,8 +141,7 @@ class ControlClient:
             message = f"control socket {self._path}: no answer in time; see the daemon's log"
             raise DaemonUnreachable(message) from exc
         except httpx.HTTPError as exc:
-            message = f"control socket {self._path}: the daemon went away; see its log, then try again"
-            raise DaemonUnreachable(message) from exc
+            raise self._went_away() from exc
 
     def _check_reachable(self) -> None:
         # httpx hides which error connect() had, and leaves the failed socket to the garbage collector.
@@ -128,6 +161,9 @@ class ControlClient:
                 ) from exc
 
     def _object(self, body: bytes) -> dict[str, Any]:
+        if not body:
+            # What the web server says for a daemon that ended over the question.
+            raise self._went_away()
         try:
             answer = json.loads(body)
         except ValueError as exc:
@@ -142,6 +178,11 @@ class ControlClient:
             return parse_message(kind, answer)
         except TypeError as exc:
             raise self._not_ours(f"an object without all fields of {kind.__name__}") from exc
+
+    def _went_away(self) -> DaemonUnreachable:
+        return DaemonUnreachable(
+            f"control socket {self._path}: the daemon went away; see its log, then try again"
+        )
 
     def _not_ours(self, what: str) -> LazyImgError:
         return LazyImgError(

@@ -4,6 +4,8 @@
     GET  /metrics                   the same in numbers, as Prometheus reads them
     GET  /v1/image?image=I          ImageFacts
     POST /v1/evict?image=I          {"freed_bytes": int}
+    POST /v1/restart                {"daemon_pid": int} of the daemon that ends now
+    POST /v1/give-up-mount          likewise
     POST /v1/prefetch?image=I       Progress, one object a line (application/x-ndjson)
     POST /v1/verify?image=I         Progress, likewise
 

@@ -58,6 +58,12 @@ class Daemon(Protocol):
     async def image_facts(self, image: str) -> ImageFacts:
         """Return what the companion must know of an image that can be presented."""
 
+    async def restart(self) -> int:
+        """Let another daemon take over; return this one's pid, since it is about to end."""
+
+    async def give_up_mount(self) -> int:
+        """End without unmounting, since another holder has the mount; return this daemon's pid."""
+
     def prefetch(self, image: str) -> AsyncIterator[Progress]:
         """Fetch all of an image."""
 
@@ -219,6 +225,18 @@ def _make_app(daemon: Daemon) -> Starlette:
 
         return await answer(make)
 
+    async def restart(_request: Request) -> Response:
+        async def make() -> object:
+            return {"daemon_pid": await daemon.restart()}
+
+        return await answer(make)
+
+    async def give_up_mount(_request: Request) -> Response:
+        async def make() -> object:
+            return {"daemon_pid": await daemon.give_up_mount()}
+
+        return await answer(make)
+
     async def prefetch(request: Request) -> Any:
         return _ProgressAnswer(lambda: daemon.prefetch(_image_of(request)))
 
@@ -241,6 +259,8 @@ def _make_app(daemon: Daemon) -> Starlette:
             Route("/v1/status", status),
             Route("/v1/image", image_facts),
             Route("/v1/evict", evict, methods=["POST"]),
+            Route("/v1/restart", restart, methods=["POST"]),
+            Route("/v1/give-up-mount", give_up_mount, methods=["POST"]),
             Route("/v1/prefetch", prefetch, methods=["POST"]),
             Route("/v1/verify", verify, methods=["POST"]),
         ]

@@ -17,6 +17,7 @@ from lazyimg.core.chunks import CHUNK_SIZE_BYTES
 from lazyimg.core.identity import ImageRecord
 from lazyimg.core.kernel import can_resend
 from lazyimg.daemon import process
+from lazyimg.daemon.holderlink import HolderLink
 from lazyimg.daemon.inflight import InFlight, StuckRequests
 from lazyimg.errors import LazyImgError
 from lazyimg.glance.client import GlanceClient
@@ -42,6 +43,7 @@ class Answers:
         in_flight: InFlight,
         stuck: StuckRequests,
         nursery: trio.Nursery,
+        link: HolderLink,
         *,
         mountpoint: Path,
         view: str,
@@ -54,6 +56,7 @@ class Answers:
         self._in_flight = in_flight
         self._stuck = stuck
         self._nursery = nursery
+        self._link = link
         self._mountpoint = mountpoint
         self._view = view
 
@@ -72,6 +75,7 @@ class Answers:
         asked = self._in_flight.statistics()
         return {
             "daemon_pid": os.getpid(),
+            "holder_pid": self._link.holder_pid,
             "version": __version__,
             "started_at_s": self._started_at_s,
             "memory_bytes": own.memory_bytes,
@@ -119,6 +123,16 @@ class Answers:
             checksum=record.checksum,
             properties=record.properties,
         )
+
+    async def restart(self) -> int:
+        """Let another daemon take over; return this one's pid, since it is about to end."""
+        await self._link.restart()
+        return os.getpid()
+
+    async def give_up_mount(self) -> int:
+        """End without unmounting, since another holder has the mount; return this daemon's pid."""
+        await self._link.give_up_mount()
+        return os.getpid()
 
     async def prefetch(self, image: str) -> AsyncIterator[Progress]:
         """Fetch all of an image; closing the iterator ends it."""

@@ -7,6 +7,7 @@ so that the next daemon understands the kernel's memory of this one.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -107,6 +108,7 @@ class Filesystem(pyfuse3.Operations):
         upper: Upper,
         upper_limiter: trio.CapacityLimiter,
         take_over: Callable[[], None],
+        after_answers: trio.Nursery,
     ) -> None:
         super().__init__()
         self._lazy = lazy
@@ -115,6 +117,7 @@ class Filesystem(pyfuse3.Operations):
         self._upper_limiter = upper_limiter
         self._take_over = take_over
         self.in_flight = InFlight(lazy.images)
+        self._after_answers = after_answers
 
     def init(self) -> None:
         self._take_over()
@@ -250,12 +253,21 @@ class Filesystem(pyfuse3.Operations):
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         await self._in_upper(functools.partial(self._upper.sync_folder, fh, data_only=datasync))
 
-    @_never_raises
     async def release(self, fh: int) -> None:
-        if fh & INODE_BIT:
-            await self._in_upper(self._upper.files.release, fh)
+        # pyfuse3 answers before this task runs.  A release that the kernel sends again, because nobody answered
+        # it, is then never counted twice: the file would be closed under another of its handles.
+        self._after_answers.start_soon(self._release, fh)
+
+    async def _release(self, inode: int) -> None:
+        with contextlib.suppress(pyfuse3.FUSEError):
+            await self._released(inode)
+
+    @_never_raises
+    async def _released(self, inode: int) -> None:
+        if inode & INODE_BIT:
+            await self._in_upper(self._upper.files.release, inode)
         else:
-            await self._lazy.release(fh)
+            await self._lazy.release(inode)
 
     # ── making names ──
 

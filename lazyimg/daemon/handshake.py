@@ -106,11 +106,12 @@ def amended(answer: bytes) -> bytes:
     return bytes(body)
 
 
-def open_session(fuse_fd: int) -> bytes:
-    """Answer the kernel's INIT on a fresh mount; return the request, which `resume` needs.  Raises MountFailed."""
+def open_session(fuse_fd: int) -> tuple[bytes, bytes]:
+    """Answer the kernel's INIT on a fresh mount; return request and answer, for later daemons.  Raises MountFailed."""
     request = read_init(fuse_fd)
-    os.write(fuse_fd, amended(libfuse_answer(request)))
-    return request
+    answer = amended(libfuse_answer(request))
+    os.write(fuse_fd, answer)
+    return request, answer
 
 
 class Resumption:

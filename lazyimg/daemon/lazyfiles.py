@@ -16,6 +16,7 @@ import pyfuse3
 
 from lazyimg.core.identity import is_base_name, is_image_id
 from lazyimg.daemon.attributes import lazy_attributes, link_attributes
+from lazyimg.daemon.handles import Handles
 from lazyimg.daemon.upper import Change
 from lazyimg.errors import ConfigError
 from lazyimg.image.catalog import Catalog
@@ -25,15 +26,18 @@ from lazyimg.image.lazyimage import LazyImage
 class LazyFiles:
     """The images of `catalog` in the mount's root folder.
 
-    `permissions` and `owner` (user and group, asked each time) are what all of them show.
+    `permissions` and `owner` (user and group, asked each time) are what all of them show; `handles` outlive us.
     """
 
-    def __init__(self, catalog: Catalog, permissions: int, owner: Callable[[], tuple[int, int]]) -> None:
+    def __init__(
+        self, catalog: Catalog, permissions: int, owner: Callable[[], tuple[int, int]], handles: Handles
+    ) -> None:
         # By inode number; filled when they are looked up or opened, so that a read finds its own at once.
         self.images: dict[int, LazyImage] = {}
         self._catalog = catalog
         self._permissions = permissions
         self._owner = owner
+        self._handles = handles
 
     # ── names ──
 
@@ -99,12 +103,15 @@ class LazyFiles:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise PermissionError(errno.EPERM, "images cannot be written")
         image = await self.image(inode)
+        self._handles.opened(inode)
         image.opened()
         await self._catalog.used(image)
 
     async def release(self, inode: int) -> None:
         """Close one handle."""
+        # Before the count goes down: an image not used yet since the last daemon takes its count from there.
         image = await self.image(inode)
+        self._handles.closed(inode)
         image.closed()
         await self._catalog.released(image)
 

@@ -1,7 +1,7 @@
 """The daemon: wires everything, bottom up, in one function, and ends it in order.
 
-Started by the holder, or whoever else keeps the descriptors, by systemd's protocol (sd_listen_fds(3)): `fuse`,
-`upper` and `handover`.  What a read of present bytes does not need is imported once the mount answers.
+Started by the holder with what handover.py names, and after that the descriptors of the open upper files.  What a
+read of present bytes does not need is imported once the mount answers.
 """
 
 from __future__ import annotations
@@ -10,26 +10,31 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-import pyfuse3
 import trio
 
 from lazyimg.config import Config, host_and_port
-from lazyimg.daemon import mountpoint
+from lazyimg.daemon import handshake, mountpoint
 from lazyimg.daemon.answers import Answers
+from lazyimg.daemon.fdstore import FdStore, receive_all, stored_file
 from lazyimg.daemon.filesystem import Filesystem
+from lazyimg.daemon.handles import Handles
+from lazyimg.daemon.handover import FAILED, KEPT, PREPARED, Handover
 from lazyimg.daemon.handshake import Resumption
-from lazyimg.daemon.holder import LISTEN_FDS_START, Handover
+from lazyimg.daemon.holderlink import HolderLink
 from lazyimg.daemon.inflight import StuckRequests
 from lazyimg.daemon.kernelpages import KernelPages
 from lazyimg.daemon.lazyfiles import LazyFiles, parse_owner
-from lazyimg.daemon.loop import quicken
 from lazyimg.daemon.notify import notify
+from lazyimg.daemon.session import Session
+from lazyimg.daemon.spawn import listened_fds, take_signals
 from lazyimg.daemon.upper import Upper
-from lazyimg.errors import ConfigError, InUse, LazyImgError
+from lazyimg.errors import ConfigError, InUse, LazyImgError, RestartRefused
 from lazyimg.glance.auth import make_auth
 from lazyimg.glance.client import GlanceClient
 from lazyimg.image.catalog import Catalog
@@ -44,28 +49,35 @@ logger = logging.getLogger("lazyimg.daemon")
 
 # What was written becomes durable this often: a crash costs at most so much fetching again.
 COMMIT_INTERVAL_S = 1
+# Inode numbers and handles are functions of these.
+FIXED_KEYS = ("cache_dir", "view")
 # A task that failed in an unforeseen way is started again after this.
 RESTART_PAUSE_S = 1
 
 
 def main() -> int:
     """Run the daemon on the descriptors it was given; return the exit code."""
-    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    fds = {name: LISTEN_FDS_START + i for i, name in enumerate(names)}
+    fds = listened_fds()
     try:
-        if not {"fuse", "upper", "handover"} <= fds.keys():
+        if not {*KEPT, "handover", "orders"} <= fds.keys():
             raise ConfigError("the daemon is started by `lazyimg mount`, not by hand")
-        with os.fdopen(fds["handover"], "rb") as memory:
-            memory.seek(0)
-            handover = Handover.from_json(memory.read().decode())
-        for name in ("fuse", "upper"):
-            os.set_inheritable(fds[name], False)
+        handover = Handover.from_memory(fds["handover"])
+        os.close(fds["handover"])
         logging.basicConfig(
             level=handover.config.log_level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
         )
-        trio.run(_serve, handover, fds["fuse"], fds["upper"])
+        if handover.is_planned:
+            handover = _prepared(handover)
+        # Before the open files arrive: its descriptor has a small number then, which select(2) needs.
+        resumption = Resumption(fds["fuse"], handover.init_request)
+        orders = socket.socket(fileno=fds["orders"])
+        stored = receive_all(orders)
+        trio.run(_serve, handover, {name: fds[name] for name in KEPT}, resumption, orders, stored)
     except LazyImgError as exc:
         return _failed(exc)
+    except EOFError:
+        # The holder ended first: it has another daemon, or none.
+        return 1
     except BaseExceptionGroup as group:
         ours, others = group.split(LazyImgError)
         if ours is None or others is not None:
@@ -74,8 +86,22 @@ def main() -> int:
     return 0
 
 
+def _prepared(handover: Handover) -> Handover:
+    """Return what to serve with once the last daemon has ended, and tell the holder; raise what is against it."""
+    config = handover.source.load()
+    for key in FIXED_KEYS:
+        if getattr(config, key) != getattr(handover.config, key):
+            raise RestartRefused(f"config key {key!r} cannot change while mounted; unmount and mount again")
+    if handshake.amended(handshake.libfuse_answer(handover.init_request)) != handover.init_answer:
+        raise RestartRefused("this libfuse answers the kernel otherwise; unmount and mount again")
+    CacheDir.check(config.cache_dir)
+    notify(f"{PREPARED}={config.model_dump_json()}")
+    return replace(handover, config=config)
+
+
 def _failed(exc: LazyImgError) -> int:
     print(f"lazyimg: {exc}", file=sys.stderr)
+    notify(f"{FAILED}={' '.join(str(exc).split())}")
     return exc.exit_code
 
 
@@ -84,8 +110,14 @@ def _first_of(group: BaseExceptionGroup[LazyImgError]) -> LazyImgError:
     return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
 
 
-async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
-    """Serve the mount until it is unmounted."""
+async def _serve(
+    handover: Handover,
+    fds: Mapping[str, int],
+    resumption: Resumption,
+    orders: socket.socket,
+    stored: Mapping[str, int],
+) -> None:
+    """Serve the mount until it is unmounted, or another daemon shall have it."""
     config = handover.config
     cache = CacheDir(config.cache_dir)
     try:
@@ -97,7 +129,10 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
             size_max_bytes=config.cache_size_max,
             free_min_bytes=config.cache_free_min,
         )
-        resumption = Resumption(fuse_fd, handover.init_request)
+        handles = Handles(fds["handles"])
+        store = FdStore(stored)
+        session = Session(resumption, tasks_max=config.tasks_max, drain_timeout_s=config.restart_timeout)
+        link = HolderLink(orders, handover, fds, store, session)
         async with trio.open_nursery() as nursery:
             watch = RecordWatch(glance)
             maker = ImageMaker(
@@ -125,7 +160,7 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
                 view=config.view,
                 lookup_timeout_s=config.lookup_timeout,
                 negative_ttl_s=config.negative_ttl,
-                is_resumed=handover.is_resumed,
+                handles=handles.all(),
             )
             await nursery.start(space.keep_room, catalog.busy_keys, catalog.try_evict)
             nursery.start_soon(_again_after_faults, _commit_now_and_then, catalog)
@@ -137,15 +172,21 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
                 )
                 nursery.start_soon(_again_after_faults, hydrator.run)
             nursery.start_soon(_unmount_on_signals, handover.mountpoint)
-            upper = Upper(upper_fd)
+            upper = Upper(fds["upper"], handles, store)
+            found = (stored_file(name, fd) for name, fd in stored.items())
+            upper.files.take_over(one for one in found if one is not None)
             owner = None if config.image_owner is None else parse_owner(config.image_owner)
-            lazy = LazyFiles(catalog, int(config.image_mode, 8), lambda: owner or upper.owner)
-            filesystem = Filesystem(
-                lazy, upper, trio.CapacityLimiter(config.upper_threads), resumption.take_over
+            lazy = LazyFiles(catalog, int(config.image_mode, 8), lambda: owner or upper.owner, handles)
+
+            def make_filesystem(after_answers: trio.Nursery) -> Filesystem:
+                limiter = trio.CapacityLimiter(config.upper_threads)
+                return Filesystem(lazy, upper, limiter, resumption.take_over, after_answers)
+
+            filesystem: Filesystem = await nursery.start(
+                _serve_fuse, session, make_filesystem, nursery.cancel_scope
             )
-            pyfuse3.init(filesystem, resumption.mountpoint, set(pyfuse3.default_options))
-            nursery.start_soon(_serve_fuse, config, resumption, nursery.cancel_scope)
-            stuck = StuckRequests(_waiting_path(handover.mountpoint), fuse_fd, filesystem.in_flight)
+            nursery.start_soon(_again_after_faults, link.listen)
+            stuck = StuckRequests(_waiting_path(handover.mountpoint), fds["fuse"], filesystem.in_flight)
             nursery.start_soon(_again_after_faults, stuck.watch)
             answers = Answers(
                 glance,
@@ -155,6 +196,7 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
                 filesystem.in_flight,
                 stuck,
                 nursery,
+                link,
                 mountpoint=handover.mountpoint,
                 view=config.view,
             )
@@ -163,10 +205,11 @@ async def _serve(handover: Handover, fuse_fd: int, upper_fd: int) -> None:
                 nursery.start_soon(_again_after_faults, _serve_metrics, answers, config.metrics_listen)
             notify("READY=1")
             logger.info("serving %s", handover.mountpoint)
-        notify("STOPPING=1")
         await _commit(catalog)
-        with trio.move_on_after(RESTART_PAUSE_S):
-            await glance.aclose()
+        if not session.is_left:
+            notify("STOPPING=1")
+            with trio.move_on_after(RESTART_PAUSE_S):
+                await glance.aclose()
     finally:
         cache.close()
 
@@ -194,14 +237,17 @@ def _make_glance(config: Config) -> GlanceClient:
     )
 
 
-async def _serve_fuse(config: Config, resumption: Resumption, scope: trio.CancelScope) -> None:
-    """Answer the kernel until the mount is gone, then end everything else."""
+async def _serve_fuse(
+    session: Session,
+    make_filesystem: Callable[[trio.Nursery], Filesystem],
+    scope: trio.CancelScope,
+    *,
+    task_status: trio.TaskStatus[Filesystem],
+) -> None:
+    """Answer the kernel until the mount is gone or left, then end everything else."""
     try:
-        quicken(resumption.session_fd)
-        resumption.resend()
-        await pyfuse3.main(max_tasks=config.tasks_max)
+        await session.serve(make_filesystem, task_status=task_status)
     finally:
-        pyfuse3.close(unmount=False)
         scope.cancel()
 
 
@@ -237,6 +283,7 @@ async def _serve_metrics(answers: Answers, listen: str) -> None:
 async def _unmount_on_signals(where: Path) -> None:
     """On SIGTERM or SIGINT unmount; if that is busy, say who holds it and go on serving."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        take_signals()
         async for _ in signals:
             try:
                 await trio.to_thread.run_sync(mountpoint.umount, where)

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lazyimg.daemon import linux
+from lazyimg.daemon.fdstore import FdStore
+from lazyimg.daemon.handles import Handles
 from lazyimg.daemon.upperfiles import UpperFiles
 from lazyimg.daemon.uppernodes import INODE_BIT, PATH_FLAGS, ROOT_INODE, Found, UpperNodes, names_in
 
@@ -46,10 +48,10 @@ class Change:
 class Upper:
     """The upper folder, through `root_fd`, which stays the caller's.  Opened files are in `files`."""
 
-    def __init__(self, root_fd: int) -> None:
+    def __init__(self, root_fd: int, handles: Handles, store: FdStore) -> None:
         self._root_fd = root_fd
         self._nodes = UpperNodes(root_fd)
-        self.files = UpperFiles(self._nodes)
+        self.files = UpperFiles(self._nodes, handles, store)
         self._owner = os.fstat(root_fd)
 
     # ── looking ──

@@ -1,8 +1,9 @@
 """The upper folder's open files: a handle is the file's inode number, so the next daemon understands it.
 
 All handles of a file share one descriptor for reading and one for reading and writing; the kernel keeps to each
-handle's mode, appends and direct I/O itself.  What was opened under an earlier daemon is opened again when it is
-used.  All methods block, call them in threads, and raise OSError.
+handle's mode, appends and direct I/O itself.  Both are stored outside this process before an open is answered, and
+taken over from there by the next daemon, so that a file without a name goes on.  All methods block, call them in
+threads, and raise OSError.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from lazyimg.daemon import linux
+from lazyimg.daemon.fdstore import FdStore, StoredFile
+from lazyimg.daemon.handles import Handles
 from lazyimg.daemon.uppernodes import UpperNodes
 
 _NO_FD = -1
@@ -31,16 +34,18 @@ IS_DIRECT_COHERENT = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
 
 @dataclass(slots=True)
 class _File:
-    """Descriptors of one file, its handles as far as they are known, and the threads that use it now.
+    """Descriptors of one file, the names of those that are stored, and how many threads use it now.
 
+    is_taken_over: its inode is kept known for as long as it is open, since it may have no name to find it by.
     may_be_direct: one of its handles is direct, or was opened under an earlier daemon and may be so.
     run_start, run_stop: what was written from end to end, and the kernel was not told to write out.
     """
 
     read_fd: int = _NO_FD
     write_fd: int = _NO_FD
-    handles: int = 0
+    names: dict[int, str] = field(default_factory=dict)
     users: int = 0
+    is_taken_over: bool = False
     may_be_direct: bool = False
     run_start: int = 0
     run_stop: int = 0
@@ -52,10 +57,36 @@ class _File:
 class UpperFiles:
     """The open files of the upper folder whose inodes are `nodes`."""
 
-    def __init__(self, nodes: UpperNodes) -> None:
+    def __init__(self, nodes: UpperNodes, handles: Handles, store: FdStore) -> None:
         self._nodes = nodes
+        self._handles = handles
+        self._store = store
         self._files: dict[int, _File] = {}
         self._lock = threading.Lock()
+
+    def take_over(self, stored: Iterable[StoredFile]) -> None:
+        """Go on with what the last daemon had stored.  Before anything else is asked."""
+        for one in stored:
+            file = self._files.setdefault(one.inode, _File())
+            if (
+                not self._handles.count(one.inode)
+                or (file.write_fd if one.is_writing else file.read_fd) != _NO_FD
+            ):
+                # Of an open or a release that was cut short.
+                self._store.remove(one.name)
+                os.close(one.fd)
+                continue
+            if one.is_writing:
+                file.write_fd = one.fd
+            else:
+                file.read_fd = one.fd
+            file.names[one.fd] = one.name
+        for inode, file in list(self._files.items()):
+            if file.names:
+                self._nodes.take_over(inode, next(iter(file.names)))
+                file.is_taken_over = file.may_be_direct = True
+            else:
+                del self._files[inode]
 
     def open(self, inode: int, flags: int, *, by_root: bool) -> bool:
         """Count one more handle; True if it is a direct one.
@@ -64,16 +95,16 @@ class UpperFiles:
         """
         is_truncated = bool(flags & os.O_TRUNC)
         is_writing = is_truncated or flags & os.O_ACCMODE != os.O_RDONLY
-        with self._used(inode, writing=is_writing, by_handle=False) as fd:
+        with self._used(inode, writing=is_writing) as fd:
             if is_truncated:
                 os.ftruncate(fd, 0)
                 if not by_root:
                     _drop_set_ids(fd)
             is_direct = _may_open_direct(fd, flags)
             with self._lock:
-                file = self._files[inode]
-                file.handles += 1
-                file.may_be_direct |= is_direct
+                self._files[inode].may_be_direct |= is_direct
+            self._stored(inode, fd, is_writing=is_writing)
+            self._handles.opened(inode)
             return is_direct
 
     def created(self, inode: int, fd: int, flags: int) -> bool:
@@ -81,25 +112,23 @@ class UpperFiles:
 
         `fd`, for reading and writing, is ours from here on.
         """
-        is_direct = _may_open_direct(fd, flags)
         with self._lock:
             file = self._files.setdefault(inode, _File())
-            file.handles += 1
-            file.may_be_direct |= is_direct
-            if file.write_fd == _NO_FD:
+            is_first = file.write_fd == _NO_FD
+            if is_first:
                 file.write_fd = fd
-                return is_direct
-        os.close(fd)
-        return is_direct
+        if not is_first:
+            os.close(fd)
+        return self.open(inode, flags & os.O_ACCMODE, by_root=False)
 
     def read(self, inode: int, start: int, size_bytes: int) -> bytes:
         """Return `[start, start + size_bytes)`, less only at the end of the file."""
-        with self._used(inode, writing=False, by_handle=True) as fd:
+        with self._used(inode, writing=False) as fd:
             return os.pread(fd, size_bytes, start)
 
     def write(self, inode: int, start: int, data: bytes) -> int:
         """Return how many bytes were written."""
-        with self._used(inode, writing=True, by_handle=True) as fd:
+        with self._used(inode, writing=True) as fd:
             file = self._files[inode]
             if file.may_be_direct:
                 _drop_set_ids(fd)
@@ -109,12 +138,12 @@ class UpperFiles:
 
     def truncate(self, inode: int, size_bytes: int) -> None:
         """Make the file this long, whether it is open or not."""
-        with self._used(inode, writing=True, by_handle=False) as fd:
+        with self._used(inode, writing=True) as fd:
             os.ftruncate(fd, size_bytes)
 
     def sync(self, inode: int, *, data_only: bool) -> None:
         """fsync(2) or fdatasync(2)."""
-        with self._used(inode, writing=self.is_written(inode), by_handle=True) as fd:
+        with self._used(inode, writing=self.is_written(inode)) as fd:
             if data_only:
                 os.fdatasync(fd)
             else:
@@ -128,18 +157,27 @@ class UpperFiles:
 
     def flush(self, inode: int) -> None:
         """Let the file system say at close(2) what it did not at write(2), as NFS does."""
-        with self._used(inode, writing=True, by_handle=True) as fd:
+        with self._used(inode, writing=True) as fd:
             os.close(os.dup(fd))
 
     def release(self, inode: int) -> None:
         """Take back one handle."""
         with self._lock:
+            self._handles.closed(inode)
             file = self._files.get(inode)
-            if file is None:
-                return
-            file.handles -= 1
-            unused = self._taken_if_unused(inode, file)
-        _close(unused)
+            unused = None if file is None else self._taken_if_unused(inode, file)
+        self._close(inode, unused)
+
+    def _stored(self, inode: int, fd: int, *, is_writing: bool) -> None:
+        """Store a descriptor of a file that is in use, if it is not stored yet."""
+        file = self._files[inode]
+        if fd in file.names:
+            return
+        name = self._store.put(inode, fd, is_writing=is_writing)
+        with self._lock:
+            is_first = file.names.setdefault(fd, name) == name
+        if not is_first:
+            self._store.remove(name)
 
     def _write_out(self, file: _File, fd: int, start: int, stop: int) -> None:
         """Note what was written, and have a long run of it go to disk now rather than at the fsync that will follow.
@@ -155,16 +193,13 @@ class UpperFiles:
                 linux.begin_writing_out(fd, run_start, stop)
 
     @contextlib.contextmanager
-    def _used(self, inode: int, *, writing: bool, by_handle: bool) -> Iterator[int]:
+    def _used(self, inode: int, *, writing: bool) -> Iterator[int]:
         """Give a descriptor of the file for the block; in it, it is not closed, whoever releases his handle."""
         with self._lock:
-            file = self._files.setdefault(inode, _File())
+            file = self._files.get(inode)
+            if file is None:
+                file = self._files[inode] = _File(may_be_direct=self._handles.count(inode) > 0)
             file.users += 1
-            if by_handle and file.handles <= 0:
-                # The handle is of an earlier daemon's time.  How many there are is not known; with the last one
-                # known released, the next use of another opens the file once more.
-                file.handles = 1
-                file.may_be_direct = True
             fd = file.fd_for(writing=writing)
         try:
             yield self._opened(inode, file, writing=writing) if fd == _NO_FD else fd
@@ -172,7 +207,7 @@ class UpperFiles:
             with self._lock:
                 file.users -= 1
                 unused = self._taken_if_unused(inode, file)
-            _close(unused)
+            self._close(inode, unused)
 
     def _opened(self, inode: int, file: _File, *, writing: bool) -> int:
         # An O_PATH descriptor can be neither read nor written; through /proc the very same file is opened
@@ -190,13 +225,26 @@ class UpperFiles:
         os.close(fd)
         return other
 
-    def _taken_if_unused(self, inode: int, file: _File) -> list[int]:
-        """Return the descriptors to close, if no handle and no thread needs them.  The caller holds the lock."""
-        if file.handles > 0 or file.users:
-            return []
+    def _taken_if_unused(self, inode: int, file: _File) -> _File | None:
+        """Return the file to close, if no handle and no thread needs it.  The caller holds the lock."""
+        if file.users or self._handles.count(inode):
+            return None
         if self._files.get(inode) is file:
             del self._files[inode]
-        return [fd for fd in (file.read_fd, file.write_fd) if fd != _NO_FD]
+            return file
+        return None
+
+    def _close(self, inode: int, file: _File | None) -> None:
+        """Close outside the lock: a close can take as long as freeing a deleted file does."""
+        if file is None:
+            return
+        for name in file.names.values():
+            self._store.remove(name)
+        for fd in (file.read_fd, file.write_fd):
+            if fd != _NO_FD:
+                os.close(fd)
+        if file.is_taken_over:
+            self._nodes.give_back(inode)
 
 
 def _may_open_direct(fd: int, flags: int) -> bool:
@@ -217,9 +265,3 @@ def _drop_set_ids(fd: int) -> None:
     mode = os.fstat(fd).st_mode
     if mode & _SET_IDS:
         os.fchmod(fd, stat.S_IMODE(mode) & ~_SET_IDS)
-
-
-def _close(fds: list[int]) -> None:
-    """Close outside the lock: a close can take as long as freeing a deleted file does."""
-    for fd in fds:
-        os.close(fd)

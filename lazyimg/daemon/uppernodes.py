@@ -59,6 +59,17 @@ class UpperNodes:
         self._keep(fd, found.inode)
         return found
 
+    def take_over(self, inode: int, fd: int) -> None:
+        """Know an inode by a descriptor of its file, until `give_back`, whether or not it has a name."""
+        path_fd = os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
+        with self._lock:
+            # How often the kernel looked it up is not known; its next `forget` is for all of them.
+            self._nodes[inode] = _Node(path_fd, lookups=1, users=1)
+
+    def give_back(self, inode: int) -> None:
+        """End what `take_over` began."""
+        self._used(inode, self._nodes[inode])
+
     def forget(self, inode: int, count: int) -> None:
         """The kernel gives back `count` lookups of an inode."""
         with self._lock:
@@ -83,11 +94,7 @@ class UpperNodes:
         try:
             yield node.fd
         finally:
-            with self._lock:
-                node.users -= 1
-                is_unused = self._is_taken_if_unused(inode, node)
-            if is_unused:
-                os.close(node.fd)
+            self._used(inode, node)
 
     def _use(self, inode: int) -> _Node:
         for _ in range(2):
@@ -98,6 +105,13 @@ class UpperNodes:
                     return node
             self._find_again(inode)
         raise OSError(errno.ESTALE, "the file was forgotten while it was looked for")
+
+    def _used(self, inode: int, node: _Node) -> None:
+        with self._lock:
+            node.users -= 1
+            is_unused = self._is_taken_if_unused(inode, node)
+        if is_unused:
+            os.close(node.fd)
 
     def _keep(self, fd: int, inode: int) -> None:
         with self._lock:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
@@ -57,7 +57,7 @@ class Catalog:
         view: str,
         lookup_timeout_s: float,
         negative_ttl_s: float,
-        is_resumed: bool = False,
+        handles: Mapping[int, int] | None = None,
     ) -> None:
         self._glance = WatchedGlance(glance, nursery)
         self._listing = Listing(self._glance)
@@ -81,10 +81,11 @@ class Catalog:
                 if entry.state == CHANGED:
                     # Its inode is known to who has it open, its name is another image's.
                     self._unpublish(entry)
-        # A daemon that was replaced does not tell the next which handles were open.
-        entries = cache.index.entries() if is_resumed else []
-        maybe_open = {e.key for e in entries if e.view == view and (e.in_use or e.state == CHANGED)}
-        self._opened = OpenImages(cache, maker, limiter, maybe_open)
+        # Open since before this daemon, by inode.
+        handed_over = {self._keys_by_inode.get(inode): count for inode, count in (handles or {}).items()}
+        self._opened = OpenImages(
+            cache, maker, limiter, {key: count for key, count in handed_over.items() if key is not None}
+        )
         self._eviction = Eviction(self._glance, cache, self._states, self._opened, self._unpublish)
         # Asked and not published.
         self._decisions = Decisions(

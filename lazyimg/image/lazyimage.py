@@ -112,9 +112,9 @@ class LazyImage:
         """Say what a read of this range that has not returned waits for; what is not being fetched is on the disk."""
         return self.fetcher.waits_for(chunks_of(start, min(stop, self.size_bytes))) or "cache"
 
-    def opened(self) -> None:
-        """A handle was opened."""
-        self.open_handles += 1
+    def opened(self, count: int = 1) -> None:
+        """So many handles were opened."""
+        self.open_handles += count
         if self._released.is_set():
             self._released = trio.Event()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -35,16 +35,17 @@ class FetchTotals:
 class OpenImages:
     """All images of one view that are open, by key.
 
-    maybe_open: keys of images that guests of a daemon before this one may hold open; they stay.
+    handles: how often each image is open to guests since before this daemon, by key; they stay.
     """
 
     def __init__(
-        self, cache: CacheDir, maker: Maker, limiter: trio.CapacityLimiter, maybe_open: set[str]
+        self, cache: CacheDir, maker: Maker, limiter: trio.CapacityLimiter, handles: Mapping[str, int]
     ) -> None:
         self._cache = cache
         self._maker = maker
         self._limiter = limiter
-        self._maybe_open = maybe_open
+        # Each is counted at the image itself from its first use on.
+        self._handles = dict(handles)
         self._images: dict[str, LazyImage] = {}
         # Of images closed since; without it a total would fall when an image is dropped.
         self._closed_totals = FetchTotals()
@@ -59,8 +60,8 @@ class OpenImages:
         return list(self._images.values())
 
     def held_keys(self) -> set[str]:
-        """Return the images that guests hold open, or may since a daemon before this one."""
-        return {key for key, image in self._images.items() if image.open_handles} | self._maybe_open
+        """Return the images that guests hold open."""
+        return {key for key, image in self._images.items() if image.open_handles} | self._handles.keys()
 
     def totals(self) -> FetchTotals:
         """Return what all images cost since the daemon started."""
@@ -91,6 +92,7 @@ class OpenImages:
                 except BaseException:
                     self._cache.close_image(key)
                     raise
+                image.opened(self._handles.pop(key, 0))
         return image
 
     def close(self, key: str) -> None:
@@ -110,10 +112,8 @@ class OpenImages:
             image = self._images.get(key)
             if image is not None and image.open_handles:
                 raise InUse(f"image {record.id}: open by {image.open_handles} handles; end its guests first")
-            if key in self._maybe_open:
-                raise InUse(
-                    f"image {record.id}: may be open since before the daemon was replaced; remount first"
-                )
+            if key in self._handles:
+                raise InUse(f"image {record.id}: open by {self._handles[key]} handles; end its guests first")
             # From here on nobody finds it; no `await` between the check and this.
             unpublish()
             if image is not None:
@@ -127,4 +127,4 @@ class OpenImages:
     def busy_keys(self) -> set[str]:
         """Return the images that are open to guests, or being fetched."""
         busy = {key for key, image in self._images.items() if image.open_handles or not image.fetcher.is_idle}
-        return busy | self._maybe_open
+        return busy | self._handles.keys()

@@ -125,6 +125,19 @@ class CacheDir:
             damaged_count, self.index.rebuilt_count, self._set_aside_count, self._removed_count
         )
 
+    @staticmethod
+    def check(path: Path) -> None:
+        """Raise CacheUnusable unless this version could go on with the folder; whoever uses it is not disturbed."""
+        try:
+            folder = PrivateFolder.open(path)
+            try:
+                if _check_version(folder):
+                    raise CacheUnusable(f"cache folder {path} is of another version; unmount and mount again")
+            finally:
+                folder.close()
+        except OSError as exc:
+            raise CacheUnusable(f"cache folder {path}: {exc.strerror or exc}; make it usable") from exc
+
     def free_bytes(self) -> int:
         """Return the bytes free on the folder's file system for this user."""
         found = os.statvfs(self.path)

@@ -396,3 +396,16 @@ def test_folder_others_may_write_is_refused(path: Path) -> None:
     (path / "chunks").chmod(0o777)
     with pytest.raises(CacheUnusable, match="chunks can be written by others; run: chmod go-w"):
         CacheDir(path)
+
+
+def test_folder_is_checked_under_who_uses_it(tmp_path: Path) -> None:
+    """[I9] Whether the next daemon can go on is asked while the last one has the lock; another version's it cannot."""
+    cache = CacheDir(tmp_path / "cache")
+    CacheDir.check(tmp_path / "cache")
+    (tmp_path / "cache" / "version").write_text("0\n")
+    with pytest.raises(CacheUnusable, match="another version"):
+        CacheDir.check(tmp_path / "cache")
+    (tmp_path / "cache" / "version").write_text("99999\n")
+    with pytest.raises(CacheUnusable, match="later than"):
+        CacheDir.check(tmp_path / "cache")
+    cache.close()

@@ -253,17 +253,24 @@ async def test_image_opened_while_glance_was_asked_is_not_evicted(
     assert not image.is_dropped
 
 
-async def test_replaced_daemon_keeps_what_may_be_open(rig: ImageRig, catalog: Catalog) -> None:
-    """[I7] The last daemon's handles are unknown to the next, so what was in use stays."""
+async def test_replaced_daemon_keeps_what_is_open(rig: ImageRig, catalog: Catalog) -> None:
+    """[I7] The last daemon's handles are counted by the next: what is open stays until the last is released."""
     used, unused = await present(rig, catalog, 1), await present(rig, catalog, 2)
-    await catalog.used(used)
     for image in (used, unused):
+        await catalog.used(image)
         rig.cache.close_image(image.record.key("stored"))
-    resumed = rig.catalog(is_resumed=True)
-    assert resumed.busy_keys() == {used.record.key("stored")}
-    with pytest.raises(InUse, match="may be open"):
-        await resumed.evict(used.record.key("stored"))
+    key = used.record.key("stored")
+    resumed = rig.catalog(handles={used.inode: 2, 77: 1})
+    assert resumed.busy_keys() == {key}
+    with pytest.raises(InUse, match="open by 2 handles"):
+        await resumed.evict(key)
     assert await resumed.try_evict(unused.record.key("stored"))
+    again = await resumed.image_of(key)
+    again.closed()
+    with pytest.raises(InUse, match="open by 1 handles"):
+        await resumed.evict(key)
+    again.closed()
+    assert await resumed.try_evict(key)
 
 
 async def test_image_being_fetched_is_busy(rig: ImageRig, catalog: Catalog, nursery: trio.Nursery) -> None:

@@ -45,6 +45,7 @@ KEYS: dict[str, tuple[str, str, Any, list[str], str]] = {
     "read_timeout": ("60", "60", 60, ["0", '"5 min"'], "than|number"),
     "lookup_timeout": ("1", "1", 1, ["0"], "than"),
     "retry_pause_max": ("1", "1", 1, ["0"], "than"),
+    "restart_timeout": ("4", "4", 4, ["0"], "than"),
     "requests_max": ("8", "8", 8, ["0", "257", "1.5"], "than|integer"),
     "background_requests_max": ("2", "2", 2, ["0", "257"], "than"),
     "request_bytes_max": ('"16 MiB"', "16 MiB", 16 << 20, ['"x"', "-1"], "byte|than"),

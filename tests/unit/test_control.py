@@ -68,6 +68,14 @@ class ScriptedDaemon:
         self._answer(image)
         return 4096
 
+    async def restart(self) -> int:
+        self._answer("")
+        return 7
+
+    async def give_up_mount(self) -> int:
+        self._answer("")
+        return 7
+
     async def prefetch(self, image: str) -> AsyncIterator[Progress]:
         for step in self.steps:
             yield step

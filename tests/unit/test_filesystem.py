@@ -6,11 +6,12 @@ import contextlib
 import errno
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pyfuse3
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from lazyimg import errors
 from lazyimg.daemon.filesystem import ERRNO, Filesystem
@@ -31,6 +32,7 @@ NEVER_IN_A_HANDLER = {
     "CredentialsRefused",
     "CacheUnusable",
     "MountFailed",
+    "RestartRefused",
     "RangesNotSupported",
 }
 
@@ -46,11 +48,11 @@ class Failing:
         raise self.error
 
 
-def failing(error: Exception) -> Filesystem:
+def failing(error: Exception, after_answers: trio.Nursery) -> Filesystem:
     broken = Failing(error)
     broken.images[IMAGE_INODE] = broken
     return Filesystem(
-        cast(LazyFiles, broken), cast(Upper, broken), trio.CapacityLimiter(1), take_over=lambda: None
+        cast(LazyFiles, broken), cast(Upper, broken), trio.CapacityLimiter(1), lambda: None, after_answers
     )
 
 
@@ -105,19 +107,21 @@ def test_handlers_are_found() -> None:
 @pytest.mark.parametrize("handler", HANDLERS)
 @pytest.mark.parametrize("inode", [ROOT_INODE, IMAGE_INODE, INODE_BIT | 5])
 async def test_a_bug_leaves_no_handler(
-    handler: str, inode: int, expected_warnings: Callable[..., None]
+    handler: str, inode: int, nursery: trio.Nursery, expected_warnings: Callable[..., None]
 ) -> None:
     """[I6] Whatever a handler meets, a bug of ours too, it raises FUSEError or answers: all else ends the mount."""
     expected_warnings("failed in an unforeseen way", required=False)
     with contextlib.suppress(pyfuse3.FUSEError):
-        await call(failing(RuntimeError("a bug")), handler, inode)
+        await call(failing(RuntimeError("a bug"), nursery), handler, inode)
+    # What goes on after an answer must not raise either.
+    await wait_all_tasks_blocked()
 
 
-async def test_a_bug_is_eio_and_logged(expected_warnings: Callable[..., None]) -> None:
+async def test_a_bug_is_eio_and_logged(nursery: trio.Nursery, expected_warnings: Callable[..., None]) -> None:
     """[I6] A bug becomes EIO with its traceback in the log."""
     expected_warnings("ERROR lazyimg.daemon.filesystem: .*failed in an unforeseen way")
     with pytest.raises(pyfuse3.FUSEError) as caught:
-        await call(failing(KeyError("x")), "getattr", IMAGE_INODE)
+        await call(failing(KeyError("x"), nursery), "getattr", IMAGE_INODE)
     assert caught.value.errno == errno.EIO
 
 
@@ -132,10 +136,29 @@ async def test_a_bug_is_eio_and_logged(expected_warnings: Callable[..., None]) -
     ],
 )
 async def test_errors_become_their_numbers(
-    error: Exception, number: int, expected_warnings: Callable[..., None]
+    error: Exception, number: int, nursery: trio.Nursery, expected_warnings: Callable[..., None]
 ) -> None:
     """An error of the table becomes its number, one of the system keeps its own."""
     expected_warnings("WARNING lazyimg.daemon.filesystem: getattr: ", required=False)
     with pytest.raises(pyfuse3.FUSEError) as caught:
-        await call(failing(error), "getattr", IMAGE_INODE)
+        await call(failing(error, nursery), "getattr", IMAGE_INODE)
     assert caught.value.errno == number
+
+
+async def test_release_counts_only_after_its_answer(nursery: trio.Nursery) -> None:
+    """[I9] A release that is not answered yet changes nothing: the kernel sends it to the next daemon again."""
+    released: list[int] = []
+
+    class Files:
+        images: ClassVar[dict[int, object]] = {}
+
+        async def release(self, inode: int) -> None:
+            released.append(inode)
+
+    filesystem = Filesystem(
+        cast(LazyFiles, Files()), cast(Upper, None), trio.CapacityLimiter(1), lambda: None, nursery
+    )
+    await filesystem.release(IMAGE_INODE)
+    assert not released
+    await wait_all_tasks_blocked()
+    assert released == [IMAGE_INODE]

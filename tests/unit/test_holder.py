@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from lazyimg.config import Config
-from lazyimg.daemon.holder import Handover
+from lazyimg.daemon.handover import ConfigSource, Handover
+from lazyimg.errors import ConfigError
 
 
 def test_handover_arrives_as_it_was() -> None:
@@ -20,10 +24,42 @@ def test_handover_arrives_as_it_was() -> None:
         cache_size_max="20 GiB",
         control_group="nova",
     )
-    handover = Handover(config, Path("/srv/a mount/_base"), bytes(range(256)), is_resumed=True)
+    source = ConfigSource("/etc/x.toml", {"endpoint": ["http://127.0.0.1:9292"]})
+    handover = Handover(
+        config, source, Path("/srv/a mount/_base"), bytes(range(256)), b"\0\xff", 7, "@n", True
+    )
     assert Handover.from_json(handover.to_json()) == handover
-    other = Handover(Config(), Path("/x"), b"", is_resumed=False)
+    memory = handover.to_memory()
+    assert Handover.from_memory(memory) == handover
+    os.close(memory)
+    other = Handover(Config(), ConfigSource(), Path("/x"), b"", b"")
     assert Handover.from_json(other.to_json()) == other
+
+
+def test_handover_of_another_version_is_understood() -> None:
+    """[I9] What a holder of another version says beyond what is known here is left out, in the config too."""
+    handover = Handover(Config(read_timeout=7), ConfigSource(), Path("/x"), b"a", b"b")
+    values = json.loads(handover.to_json())
+    values["of_tomorrow"] = 1
+    values["config"]["key_of_tomorrow"] = "x"
+    del values["config"]["restart_timeout"], values["manager"]
+    assert Handover.from_json(json.dumps(values)) == handover
+    values["config"]["read_timeout"] = "of another kind"
+    with pytest.raises(ConfigError, match="does not fit this version"):
+        Handover.from_json(json.dumps(values))
+
+
+def test_configuration_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planned daemon has file, environment and flags as they are then, flags as they were given."""
+    path = tmp_path / "lazyimg.toml"
+    path.write_text('read_timeout = 1\ncloud = "one"\n')
+    source = ConfigSource(str(path), {"endpoint": ["http://flag:1"]})
+    assert source.load().read_timeout == 1
+    path.write_text('read_timeout = 2\ncloud = "one"\n')
+    monkeypatch.setenv("LAZYIMG_LOOKUP_TIMEOUT", "9")
+    found = source.load()
+    assert (found.read_timeout, found.lookup_timeout) == (2, 9)
+    assert (found.endpoint, found.cloud) == (("http://flag:1",), None)
 
 
 def test_holder_knows_neither_glance_nor_the_cache() -> None:

@@ -60,7 +60,7 @@ OWNERS: dict[str, set[str]] = {
     "pycdlib": {"overlay"},
     "fasteners": {"overlay"},
     # The daemon runs fusermount3 and itself, nothing that looks under the mount (I11).
-    "subprocess": {"overlay", "demo", "daemon.mountpoint", "daemon.holder"},
+    "subprocess": {"overlay", "demo", "daemon.mountpoint"},
 }
 
 # What a decision may not reach for: I/O, the clock and chance belong to the callers of core.
@@ -176,7 +176,7 @@ def test_daemon_runs_nothing_that_looks_under_the_mount(module: str) -> None:
         and isinstance(node.func.value, ast.Name)
         and node.func.value.id in {"os", "subprocess", "trio"}
     }
-    allowed = {"daemon.handshake": {"fork"}, "daemon.holder": {"posix_spawn"}}
+    allowed = {"daemon.handshake": {"fork"}, "daemon.spawn": {"posix_spawn"}}
     assert {name for name in calls if processes.fullmatch(name)} == allowed.get(module, set())
 
 

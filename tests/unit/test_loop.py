@@ -11,11 +11,13 @@ import pytest
 import trio
 import trio.testing
 
-from lazyimg.daemon.loop import FAIRNESS_REQUESTS, TRIED_VERSIONS, quicken
+from lazyimg.daemon.loop import FAIRNESS_REQUESTS, TRIED_VERSIONS, Gate, quicken
 
 
 class Requests:
     """A descriptor that is readable while a request waits, and pyfuse3's own wait for it, counted."""
+
+    gate: Gate
 
     def __init__(self) -> None:
         self.ours, self.kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -46,7 +48,9 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[Requests]:
     made = Requests()
     monkeypatch.setattr(pyfuse3, "_wait_fuse_readable", made.wait)
     with made.ours, made.kernel:
-        assert quicken(made.ours.fileno())
+        gate = quicken(made.ours.fileno())
+        assert gate is not None
+        made.gate = gate
         yield made
 
 
@@ -110,3 +114,62 @@ def test_installed_pyfuse3_is_one_that_was_tried() -> None:
     """Here the quick loop is used, and the function it replaces is where it was."""
     assert importlib.metadata.version("pyfuse3").startswith(TRIED_VERSIONS)
     assert callable(pyfuse3._wait_fuse_readable)  # type: ignore[attr-defined]
+
+
+async def test_shut_gate_lets_no_request_in(requests: Requests, nursery: trio.Nursery) -> None:
+    """[I9] Behind a shut gate requests stay with the kernel, for the next daemon; opened again, they are taken."""
+    taken = []
+
+    async def reader() -> None:
+        while await wait_readable():
+            taken.append(requests.take())
+
+    requests.send()
+    nursery.start_soon(reader)
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(taken) == 1
+    requests.gate.shut()
+    requests.send()
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(taken) == 1
+    assert requests.gate.resting == 1
+    requests.gate.open()
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(taken) == 2
+    nursery.cancel_scope.cancel()
+
+
+async def test_drained_when_no_request_is_left(requests: Requests, autojump_clock: object) -> None:
+    """[I9] Draining waits for the requests that were taken, however long, and for those alone."""
+    answered = trio.Event()
+    drained_at: list[float] = []
+
+    async def loop() -> None:
+        assert await wait_readable()
+        requests.take()
+        await answered.wait()
+        await wait_readable()
+
+    async def drain(session: trio.lowlevel.Task) -> None:
+        await requests.gate.wait_drained(session)
+        drained_at.append(trio.current_time())
+
+    async def session(task_status: trio.TaskStatus[trio.lowlevel.Task]) -> None:
+        async with trio.open_nursery() as tasks:
+            tasks.start_soon(loop)
+            tasks.start_soon(wait_readable)
+            task_status.started(trio.lowlevel.current_task())
+
+    async with trio.open_nursery() as nursery:
+        requests.send()
+        task = await nursery.start(session)
+        await trio.testing.wait_all_tasks_blocked()
+        requests.gate.shut()
+        began = trio.current_time()
+        nursery.start_soon(drain, task)
+        await trio.sleep(3)
+        assert not drained_at
+        answered.set()
+        await trio.sleep(1)
+        assert 3 <= drained_at[0] - began < 3.1
+        nursery.cancel_scope.cancel()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lazyimg.daemon.notify import NOTIFY_BYTES_MAX, notify, open_listener
+from lazyimg.daemon.notify import NOTIFY_BYTES_MAX, barrier, close_all, notify, open_listener, receive
 
 
 def test_message_reaches_the_listener(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,8 +16,9 @@ def test_message_reaches_the_listener(monkeypatch: pytest.MonkeyPatch) -> None:
     with listener:
         assert address.startswith("@")
         monkeypatch.setenv("NOTIFY_SOCKET", address)
-        notify("READY=1\nSTATUS=serving")
-        assert listener.recv(NOTIFY_BYTES_MAX) == b"READY=1\nSTATUS=serving"
+        assert notify("READY=1\nSTATUS=serving")
+        assert receive(listener) == ({"READY": "1", "STATUS": "serving"}, [])
+        assert receive(listener) is None
 
 
 def test_message_reaches_a_socket_with_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -33,9 +34,10 @@ def test_message_reaches_a_socket_with_a_path(monkeypatch: pytest.MonkeyPatch, t
 def test_nobody_to_tell_is_no_fault(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     """Without a listener nothing happens, and nothing is raised."""
     monkeypatch.setenv("NOTIFY_SOCKET", address)
-    notify("READY=1")
+    assert not notify("READY=1")
+    assert not barrier()
     monkeypatch.delenv("NOTIFY_SOCKET")
-    notify("READY=1")
+    assert not notify("READY=1")
 
 
 def test_listeners_have_addresses_of_their_own() -> None:
@@ -44,3 +46,17 @@ def test_listeners_have_addresses_of_their_own() -> None:
     other, other_address = open_listener()
     with one, other:
         assert one_address != other_address
+
+
+def test_barrier_waits_until_the_message_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The barrier ends when the listener has closed its descriptor, not before (sd_notify_barrier(3))."""
+    listener, address = open_listener()
+    with listener:
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        monkeypatch.setattr("lazyimg.daemon.notify.SEND_TIMEOUT_S", 0.01)
+        assert not barrier()
+        message = receive(listener)
+        assert message is not None
+        variables, fds = message
+        assert variables == {"BARRIER": "1"}
+        close_all(fds)

@@ -155,7 +155,7 @@ async def test_changed_image_is_known_to_the_next_daemon(
     await old.commit()
     key = old.record.key("stored")
     rig.cache.close_image(key)
-    again = rig.catalog(is_resumed=True)
+    again = rig.catalog(handles={old.inode: 1})
     assert not again.is_published(old.record.base_name)
     assert again.key_of_inode(old.inode) == key
     image = await again.image_of(key)

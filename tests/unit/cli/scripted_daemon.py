@@ -26,6 +26,7 @@ class ScriptedDaemon:
         self.fails: Exception | None = None
         self.steps: list[Progress] = [Progress(50, 100), Progress(100, 100)]
         self.hangs = False
+        self.pid = 77
         self.is_working = threading.Event()
         self.has_stopped = threading.Event()
 
@@ -43,7 +44,7 @@ class ScriptedDaemon:
             "open_handles": 1,
             "state": "partial",
         }
-        return {"daemon_pid": 77, "images": [image]}
+        return {"daemon_pid": self.pid, "images": [image]}
 
     async def image_facts(self, image: str) -> ImageFacts:
         if self.fails:
@@ -67,6 +68,15 @@ class ScriptedDaemon:
         if self.fails:
             raise self.fails
         return 4096
+
+    async def restart(self) -> int:
+        if self.fails:
+            raise self.fails
+        self.pid += 1
+        return self.pid - 1
+
+    async def give_up_mount(self) -> int:
+        return self.pid
 
     async def prefetch(self, image: str) -> AsyncIterator[Progress]:
         for step in self.steps:

@@ -29,6 +29,7 @@ def test_version_is_the_packages(run: Callable[..., Outcome]) -> None:
 COMMANDS = [
     ["mount"],
     ["umount"],
+    ["restart"],
     ["status"],
     ["metrics"],
     ["prefetch"],
@@ -47,7 +48,7 @@ def test_help_states_the_exit_codes(command: list[str], run: Callable[..., Outco
     kinds = [
         kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, LazyImgError)
     ]
-    assert len({kind.exit_code for kind in kinds}) == 10
+    assert len({kind.exit_code for kind in kinds}) == 11
     for kind in kinds:
         assert f" {kind.exit_code} " in text.partition("Exit codes:")[2]
 

@@ -15,6 +15,7 @@ from scripted_daemon import Outcome
 
 from lazyimg.cli import mount as cli_mount
 from lazyimg.config import Config
+from lazyimg.daemon.handover import ConfigSource
 
 # ── what runs the daemon and the demo ──
 
@@ -40,7 +41,9 @@ def test_mount_gets_config_and_gives_its_exit_code(
     """Flags win over the file; endpoints may be repeated; what the daemon returns is the exit code."""
     got: list[tuple[Config, Path]] = []
 
-    def run_mount(config: Config, mountpoint: Path) -> int:
+    def run_mount(config: Config, source: ConfigSource, mountpoint: Path) -> int:
+        # What a planned daemon will read is the same.
+        assert source.load() == config
         got.append((config, mountpoint))
         return 6
 
