@@ -117,10 +117,13 @@ class PrivateFolder:
         """
         part = name + _PART
         self.remove(part)
+        # A name that power loss leaves with neither content would lose what was there.
+        must_sync = is_durable or not self.problem_of(name)
         fd = self.open_file(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         with os.fdopen(fd, "wb", buffering=0) as file:
             file.write(content)
-            os.fsync(fd)
+            if must_sync:
+                os.fsync(fd)
         os.rename(part, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         if is_durable:
             self.sync()

@@ -124,7 +124,7 @@ class Index:
             for entry in merged:
                 known = self._entries.get(entry.key)
                 if self._sidecars:
-                    self._sidecars.put(entry, is_durable=known is None or known.state != entry.state)
+                    self._sidecars.put(entry, is_durable=known is not None and known.state != entry.state)
                 self._entries[entry.key] = entry
 
     def begin(self, key: str, generation: str) -> ImageEntry:
@@ -132,7 +132,7 @@ class Index:
         with self._changing():
             last = self._entries[key]
             entry = replace(last, generation=generation, present_count=0)
-            if self._sidecars:
+            if self._sidecars and last.generation:
                 self._sidecars.forget_generation(last)
             with self._cache.transact():
                 self._cache.evict(key)

@@ -1,4 +1,4 @@
-"""A chunk file against a model of it, through writes, commits, restarts, damage, failed syncs and eviction.
+"""A chunk file against a model of it: writes, commits, restarts, damage, failed syncs, a lost index, eviction.
 
 A read returns the bytes of the image or names the chunks it lacks, and the file and the model agree
 on which chunks are present.
@@ -104,12 +104,14 @@ class StoreModel(RuleBasedStateMachine):
         self.damaged ^= {chunk} & self.durable
         self.open_again(is_restarted)
 
-    @rule(is_restarted=st.booleans())
-    def open_again(self, is_restarted: bool) -> None:
-        """Close and open the file, or the whole cache."""
+    @rule(is_restarted=st.booleans(), is_index_lost=st.booleans())
+    def open_again(self, is_restarted: bool, is_index_lost: bool = False) -> None:
+        """Close and open the file, or the whole cache; what an index knew that is lost, the sidecars know."""
         self.cache.close_image(self.file.key)
         if is_restarted:
             self.cache.close()
+            if is_index_lost:
+                shutil.rmtree(self.folder / "cache" / "index")
             self.cache = CacheDir(self.folder / "cache", pages_max=1)
         self.file = self.cache.open_image(self.file.key)
         self.written = set()
@@ -178,5 +180,5 @@ TestStoreModel.settings = settings(
 
 @pytest.fixture(autouse=True)
 def _damage_is_logged(expected_warnings: Callable[..., None]) -> None:
-    """Damage is injected at will, so its warnings are expected."""
-    expected_warnings("damaged chunks dropped", required=False)
+    """Damage and loss are injected at will, so their warnings are expected."""
+    expected_warnings("damaged chunks dropped", "index rebuilt from sidecars", required=False)
