@@ -51,6 +51,10 @@ class Config(BaseModel):
     endpoint: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
     # Name in clouds.yaml; "envvars" for OS_*.  Neither endpoint nor cloud: OS_CLOUD or OS_* must be set.
     cloud: str | None = None
+    # With an https endpoint: the only authorities it may be signed by (none: the system's), and what it is shown of us.
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
     # For a connection; from there to the first byte of an answer; and for each silence within one.
     connect_timeout: Seconds = 5
     first_byte_timeout: Seconds = 20

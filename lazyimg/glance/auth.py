@@ -10,11 +10,9 @@ from __future__ import annotations
 import calendar
 import logging
 import math
-import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,6 +20,7 @@ import trio
 
 from lazyimg.config import Config
 from lazyimg.errors import ConfigError, CredentialsRefused, GlanceUnavailable, LazyImgError
+from lazyimg.glance.tls import Tls
 
 if TYPE_CHECKING:
     from openstack.config.cloud_region import CloudRegion
@@ -77,7 +76,7 @@ class Access:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     issued_at_s: float = 0.0
     expires_at_s: float | None = None
-    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    tls: Tls | None = field(default=None, repr=False)
 
 
 class Auth(Protocol):
@@ -99,15 +98,28 @@ class Auth(Protocol):
 
 
 def make_auth(config: Config) -> Auth:
-    """Return the Auth that the configuration asks for; only the endpoints' syntax is judged yet."""
-    return NoAuth(config.endpoint) if config.endpoint else KeystoneAuth(config.cloud)
+    """Return the Auth that the configuration asks for; only the endpoints' syntax and files are judged yet."""
+    if config.key_file is not None and config.cert_file is None:
+        raise ConfigError("key_file: give cert_file too, the certificate that it is the key of")
+    if not config.endpoint:
+        if config.ca_file is not None or config.cert_file is not None:
+            raise ConfigError(
+                "ca_file and cert_file go with endpoint; a cloud has cacert and cert in clouds.yaml"
+            )
+        return KeystoneAuth(config.cloud)
+    if config.ca_file is None and config.cert_file is None:
+        return NoAuth(config.endpoint)
+    authorities = True if config.ca_file is None else str(config.ca_file)
+    return NoAuth(
+        config.endpoint, Tls(authorities, [str(f) for f in (config.cert_file, config.key_file) if f])
+    )
 
 
 class NoAuth:
     """Bare endpoints, tried in turn, that ask for no token."""
 
-    def __init__(self, endpoints: Sequence[str]) -> None:
-        self._access = Access(tuple(base_url(endpoint) for endpoint in endpoints))
+    def __init__(self, endpoints: Sequence[str], tls: Tls | None = None) -> None:
+        self._access = Access(tuple(base_url(endpoint) for endpoint in endpoints), tls=tls)
 
     async def access(self) -> Access:
         """Return the endpoints."""
@@ -289,7 +301,14 @@ class SdkLogin:
             headers,
             time.time(),
             expires_at_s,
-            _tls_context(*region.get_requests_verify_args()),
+            self._tls_of(*region.get_requests_verify_args()),
+        )
+
+    def _tls_of(self, verify: bool | str | None, cert: str | tuple[str, str] | None) -> Tls | None:
+        if verify in (True, None) and cert is None:
+            return None
+        return Tls(
+            verify, [cert] if isinstance(cert, str) else cert or [], keys="cacert, cert or key of the cloud"
         )
 
 
@@ -331,26 +350,6 @@ def without_frames(exc: _E) -> _E:
             chained.__traceback__ = None
             todo += [chained.__cause__, chained.__context__]
     return exc
-
-
-def _tls_context(verify: bool | str | None, cert: str | tuple[str, str] | None) -> ssl.SSLContext | None:
-    if verify in (True, None) and cert is None:
-        return None
-    try:
-        context = ssl.create_default_context()
-        if isinstance(verify, str):
-            where = "capath" if Path(verify).is_dir() else "cafile"
-            context.load_verify_locations(**{where: verify})
-        elif verify is False:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        if cert is not None:
-            context.load_cert_chain(*((cert,) if isinstance(cert, str) else cert))
-    except OSError as exc:
-        raise ConfigError(
-            f"cacert, cert or key of the cloud: {exc}; correct the path in clouds.yaml"
-        ) from exc
-    return context
 
 
 def _same(failure: LazyImgError) -> LazyImgError:

@@ -17,6 +17,7 @@ import trio
 from lazyimg import __version__
 from lazyimg.errors import GlanceUnavailable
 from lazyimg.glance.auth import Access, quiet_loggers, without_frames
+from lazyimg.glance.tls import Tls
 
 # Servers close idle connections after 5 s (Apache) or later; a closed one is noticed before it is used.
 KEEPALIVE_S = 15.0
@@ -50,6 +51,9 @@ class Connections:
         self._connections_max = connections_max
         # By scheme and host: a transport knows one proxy.
         self._transports: dict[str, httpx.AsyncHTTPTransport] = {}
+        # What those trust whose access says nothing of it: the system's authorities.
+        self._default_tls: Tls | None = None
+        self._reading_files = trio.CapacityLimiter(1)
         quiet_loggers()
 
     async def aclose(self) -> None:
@@ -77,6 +81,8 @@ class Connections:
             # Only the token can be at fault, and such an error quotes it: so it is not chained either.
             failure = "the token has characters that HTTP cannot carry"
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as exc:
+            if isinstance(_root(exc), ssl.SSLError):
+                await trio.to_thread.run_sync(self._tls(access).reload, limiter=self._reading_files)
             raise GlanceUnavailable(f"{what}: {endpoint}: {_failure(exc)}") from without_frames(exc)
         raise GlanceUnavailable(f"{what}: {endpoint}: {failure}")
 
@@ -116,11 +122,16 @@ class Connections:
                 max_keepalive_connections=self._connections_max,
                 keepalive_expiry=KEEPALIVE_S,
             )
-            # The system's certificates, where operators put their own, rather than those httpx ships.
-            verify = access.tls or ssl.create_default_context()
+            verify = self._tls(access).context if url.scheme == "https" else False
             transport = httpx.AsyncHTTPTransport(verify=verify, limits=limits, proxy=_proxy_for(url))
             self._transports[server] = transport
         return transport
+
+    def _tls(self, access: Access) -> Tls:
+        if access.tls is not None:
+            return access.tls
+        self._default_tls = self._default_tls or Tls()
+        return self._default_tls
 
 
 @lru_cache(maxsize=URLS_MAX)
@@ -136,6 +147,18 @@ def _proxy_for(url: httpx.URL) -> str | None:
     return getproxies().get(url.scheme)
 
 
+def _root(exc: BaseException) -> BaseException:
+    """Return what the system or OpenSSL said, which the libraries above leave out of their text; else `exc`."""
+    cause: BaseException | None = exc
+    # No chain of theirs is near as long.
+    for _ in range(10):
+        if cause is None or isinstance(cause, OSError):
+            break
+        cause = cause.__cause__ or cause.__context__
+    return cause if isinstance(cause, OSError) else exc
+
+
 def _failure(exc: Exception) -> str:
-    text = str(exc).splitlines()
+    root = _root(exc)
+    text = str(exc).splitlines() or str(root).splitlines()
     return f"{type(exc).__name__}: {text[0][:200]}" if text else type(exc).__name__

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ssl
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import trio
@@ -259,14 +259,20 @@ def test_configuration_decides_who_we_are() -> None:
     assert isinstance(make_auth(Config()), KeystoneAuth)
 
 
-def test_tls_follows_the_cloud() -> None:
-    """verify and cacert of clouds.yaml hold for Glance as well; a wrong path is named."""
-    assert auth_module._tls_context(True, None) is None
-    insecure = auth_module._tls_context(False, None)
-    assert insecure is not None
-    assert insecure.verify_mode is ssl.CERT_NONE
-    with pytest.raises(ConfigError, match=r"cacert.*clouds\.yaml"):
-        auth_module._tls_context("/nonexistent/ca.pem", None)
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Config(endpoint=("https://g",), ca_file=Path("/nonexistent/ca.pem")), "ca_file.*No such file"),
+        (Config(endpoint=("https://g",), cert_file=Path("/nonexistent/me.pem")), "cert_file.*No such file"),
+        (Config(endpoint=("https://g",), key_file=Path("/me.key")), "give cert_file too"),
+        (Config(cloud="here", ca_file=Path("/ca.pem")), "cacert and cert in clouds.yaml"),
+        (Config(cert_file=Path("/me.pem")), "cacert and cert in clouds.yaml"),
+    ],
+)
+def test_tls_files_that_cannot_work_are_refused_at_start(config: Config, reason: str) -> None:
+    """Half of an answer, a file that is not there, or files where clouds.yaml has its own."""
+    with pytest.raises(ConfigError, match=reason):
+        make_auth(config)
 
 
 def test_frames_are_taken_from_all_that_is_chained() -> None:
