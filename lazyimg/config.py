@@ -98,6 +98,9 @@ class Config(BaseModel):
     request_bytes_max: ByteSize = ByteSize(8 << 20)
     random_request_bytes_max: ByteSize = ByteSize(512 << 10)
 
+    # A request that a guest waits for and that is slower than nearly all lately were may be sent a second time.
+    hedge: bool = True
+
     # ── how much this process takes ──
     # FUSE requests handled at once; above it the kernel queues them.
     tasks_max: Annotated[int, Field(ge=100, le=100_000)] = 5000

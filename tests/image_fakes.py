@@ -113,7 +113,14 @@ class FakeGlance:
 
     @asynccontextmanager
     async def open_range(
-        self, image_id: str, start: int, stop: int, *, size_bytes: int, checksum: str | None = None
+        self,
+        image_id: str,
+        start: int,
+        stop: int,
+        *,
+        size_bytes: int,
+        checksum: str | None = None,
+        is_urgent: bool = True,
     ) -> AsyncIterator[AsyncIterator[bytes]]:
         assert 0 <= start < stop <= size_bytes
         self.ranges.append((start, stop))

@@ -234,6 +234,7 @@ def _make_glance(config: Config) -> GlanceClient:
         # Records and lists are asked while all flights are out.
         connections_max=config.requests_max + config.background_requests_max,
         retry_pause_max_s=config.retry_pause_max,
+        hedge=config.hedge,
     )
 
 

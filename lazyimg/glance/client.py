@@ -8,55 +8,33 @@ While no endpoint answers, requests for bytes wait for the one probe that is out
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
-import trio
-
 from lazyimg.core.identity import ImageRecord
-from lazyimg.errors import GlanceUnavailable, ImageNotFound, LazyImgError
-from lazyimg.glance.auth import Access, Auth
+from lazyimg.errors import GlanceUnavailable, ImageNotFound
+from lazyimg.glance.asking import Asking, Get, GlanceStatistics
+from lazyimg.glance.auth import Auth
 from lazyimg.glance.connections import Connections, Reply
-from lazyimg.glance.endpoints import Ask, Endpoints, EndpointStatistics
+from lazyimg.glance.endpoints import Endpoints
 from lazyimg.glance.records import BadRecord, parse_json, parse_list, parse_record
-from lazyimg.glance.replies import check_content, check_range, check_stream, has_length, refusal
+from lazyimg.glance.replies import check_content, check_range, check_stream, has_length
 
 # Largest bodies read whole.  A record is 1 to 2 KB, with long properties some tens of KB.
 RECORD_BYTES_MAX = 1 << 20
 LIST_BYTES_MAX = 8 << 20
-ERROR_BYTES_MAX = 64 << 10
 # Images asked for per page of the list: parsing one takes about 3 ms of the event loop.
 LIST_PAGE_IMAGES = 250
 # Bounds of a list that does not end; no known cloud has near as many images.
 LIST_PAGES_MAX = 1000
-# Longest time for a body that is read whole, however steadily it drips.
-WHOLE_READ_TIMEOUT_S = 60.0
-
-
-# What a gateway says of the server behind it: nobody there, overloaded, silent.  Other 5xx are about what was asked.
-NOT_AN_ANSWER = frozenset({502, 503, 504})
-# Asked of an endpoint to learn whether it works, with the token: so Keystone and the database are asked too.
-PROBE_PATH = "/v2/images?limit=1"
-
-
-@dataclass(frozen=True, slots=True)
-class GlanceStatistics:
-    """A snapshot.
-
-    is_down: nothing can be had of Glance now, as far as is known.  login_error: why nobody can log in, or None.
-    """
-
-    is_down: bool
-    login_error: str | None
-    endpoints: tuple[EndpointStatistics, ...]
 
 
 class GlanceClient:
     """Asks Glance for records and bytes.  Use from one event loop; `aclose` when done.
 
-    retry_pause_max_s: longest pause before an endpoint that does not answer is probed again.
+    The times and connections_max are those of Connections.  retry_pause_max_s: longest pause before an endpoint that
+    does not answer is probed again.  hedge: a slow request that a guest waits for may be sent twice.
     Every call may raise GlanceUnavailable, ConfigError or CredentialsRefused.  A cancelled call closes its
     connection and leaves the others as they are.
     """
@@ -70,8 +48,8 @@ class GlanceClient:
         between_bytes_timeout_s: float,
         connections_max: int,
         retry_pause_max_s: float = 5,
+        hedge: bool = True,
     ) -> None:
-        self._auth = auth
         self._connections = Connections(
             connect_timeout_s=connect_timeout_s,
             first_byte_timeout_s=first_byte_timeout_s,
@@ -79,9 +57,7 @@ class GlanceClient:
             connections_max=connections_max,
         )
         self._endpoints = Endpoints(pause_max_s=retry_pause_max_s)
-        # The last one that was given, and what kept the last caller from getting one.
-        self._access: Access | None = None
-        self._login_error: LazyImgError | None = None
+        self._asking = Asking(auth, self._connections, self._endpoints, hedge=hedge)
 
     async def aclose(self) -> None:
         """Close all connections; the client can be used again."""
@@ -90,12 +66,11 @@ class GlanceClient:
     @property
     def is_down(self) -> bool:
         """True while no endpoint answers, or nobody can log in: who cannot wait need not ask."""
-        return self._login_error is not None or self._endpoints.is_down
+        return self._asking.is_down
 
     def statistics(self) -> GlanceStatistics:
         """Return a snapshot of what is known of Glance and Keystone."""
-        login_error = None if self._login_error is None else str(self._login_error)
-        return GlanceStatistics(self.is_down, login_error, self._endpoints.statistics())
+        return self._asking.statistics()
 
     async def wait_recovered(self) -> None:
         """Wait until an endpoint that did not answer does again."""
@@ -103,16 +78,7 @@ class GlanceClient:
 
     async def keep_probing(self) -> None:
         """Ask endpoints that do not answer again, also while nobody needs them; runs until cancelled."""
-        while True:
-            ask = await self._endpoints.wait_forgotten_probe()
-            assert self._access is not None
-            try:
-                # A token that has ended is good enough: to be refused is an answer.
-                reply = await self._ask(ask, self._access, PROBE_PATH, "probe", {})
-            except GlanceUnavailable:
-                # The endpoint's breaker has noted it.
-                continue
-            await reply.aclose()
+        await self._asking.keep_probing()
 
     async def image(self, image_id: str) -> ImageRecord:
         """Return Glance's record of the image.  Raises ImageNotFound or ImageForbidden too."""
@@ -140,17 +106,24 @@ class GlanceClient:
         return sorted(records.values(), key=lambda record: record.created_at, reverse=True)
 
     def open_range(
-        self, image_id: str, start: int, stop: int, *, size_bytes: int, checksum: str | None = None
+        self,
+        image_id: str,
+        start: int,
+        stop: int,
+        *,
+        size_bytes: int,
+        checksum: str | None = None,
+        is_urgent: bool = False,
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Ask for `[start, stop)` of the source; entering gives its bytes in pieces as they arrive.
 
-        size_bytes, checksum: the whole source's.  Together the pieces are exactly the range, or the iterator raises
-        GlanceUnavailable after what came; they are never more.  Entering raises SourceDoubted where Glance says
-        that it sends other content, WholeBody when it sends the image whole, RangesNotSupported when its store
-        cannot do ranges, ImageNotFound or ImageForbidden.
+        size_bytes, checksum: the whole source's.  is_urgent: a guest waits for it.  Together the pieces are exactly
+        the range, or the iterator raises GlanceUnavailable after what came; they are never more.  Entering raises
+        SourceDoubted where Glance says that it sends other content, WholeBody when it sends the image whole,
+        RangesNotSupported when its store cannot do ranges, ImageNotFound or ImageForbidden.
         """
         assert 0 <= start < stop <= size_bytes
-        return self._open_range(image_id, start, stop, size_bytes, checksum)
+        return self._open_range(image_id, start, stop, size_bytes, checksum, is_urgent)
 
     def open_stream(
         self, image_id: str, *, size_bytes: int, checksum: str | None = None
@@ -164,14 +137,13 @@ class GlanceClient:
 
     @asynccontextmanager
     async def _open_range(
-        self, image_id: str, start: int, stop: int, size_bytes: int, checksum: str | None
+        self, image_id: str, start: int, stop: int, size_bytes: int, checksum: str | None, is_urgent: bool
     ) -> AsyncGenerator[AsyncIterator[bytes], None]:
         what = f"image {image_id} [{start}, {stop})"
         # HTTP's ranges include their last byte (RFC 9110 §14.1.2); ours end nowhere else but here.
         headers = {"Range": f"bytes={start}-{stop - 1}"}
-        async with self._reply(
-            f"/v2/images/{quote(image_id, safe='')}/file", what, headers, may_wait=True
-        ) as reply:
+        get = Get(_data_path(image_id), what, headers, may_wait=True, is_urgent=is_urgent)
+        async with self._asking.reply(get) as reply:
             check_content(reply.headers, checksum, what)
             check_range(reply.status_code, reply.headers, start, stop, size_bytes, what)
             async with aclosing(self._exactly(reply, stop - start, what)) as pieces:
@@ -189,9 +161,7 @@ class GlanceClient:
         self, image_id: str, size_bytes: int, checksum: str | None
     ) -> AsyncGenerator[AsyncIterator[bytes], None]:
         what = f"image {image_id}"
-        async with self._reply(
-            f"/v2/images/{quote(image_id, safe='')}/file", what, {}, may_wait=True
-        ) as reply:
+        async with self._asking.reply(Get(_data_path(image_id), what, may_wait=True)) as reply:
             check_content(reply.headers, checksum, what)
             check_stream(reply.status_code, reply.headers, size_bytes, what)
             async with aclosing(self._exactly(reply, size_bytes, what)) as pieces:
@@ -219,10 +189,10 @@ class GlanceClient:
         raise GlanceUnavailable(f"list of images: it has more than {LIST_PAGES_MAX} pages")
 
     async def _json(self, path: str, what: str, bytes_max: int) -> Mapping[str, object]:
-        async with self._reply(path, what, {}, may_wait=False) as reply:
+        async with self._asking.reply(Get(path, what)) as reply:
             if reply.status_code != 200:
                 raise GlanceUnavailable(f"{what}: Glance answered {reply.status_code}, not 200")
-            body = await self._beginning(reply, bytes_max + 1, what)
+            body = await self._asking.beginning(reply, bytes_max + 1, what)
         if len(body) > bytes_max:
             raise GlanceUnavailable(f"{what}: Glance's answer is longer than {bytes_max} bytes")
         try:
@@ -230,94 +200,10 @@ class GlanceClient:
         except BadRecord as exc:
             raise GlanceUnavailable(f"{what}: Glance's answer is unusable: {exc}") from exc
 
-    @asynccontextmanager
-    async def _reply(
-        self, path: str, what: str, headers: Mapping[str, str], *, may_wait: bool
-    ) -> AsyncIterator[Reply]:
-        """Give a 2xx reply to GET, its body unread; raise what any other status means."""
-        access = await self._log_in(self._auth.access())
-        async with AsyncExitStack() as stack:
-            endpoint, reply = await self._first_answer(stack, access, path, what, headers, may_wait=may_wait)
-            if reply.status_code == 401:
-                await stack.aclose()
-                access = await self._log_in(self._auth.renew(access))
-                endpoint, reply = await self._first_answer(
-                    stack, access, path, what, headers, may_wait=may_wait
-                )
-            if not reply.is_success:
-                body = await self._beginning(reply, ERROR_BYTES_MAX, what)
-                raise refusal(reply.status_code, reply.headers, body, what)
-            if reply.headers.get("content-encoding", "identity") != "identity":
-                raise GlanceUnavailable(f"{what}: Glance sent an encoding that was not asked for")
-            try:
-                yield reply
-            except GlanceUnavailable:
-                # Its body was short, silent or not what was asked: another endpoint may do better next time.
-                self._endpoints.avoid(endpoint)
-                raise
-
-    async def _log_in(self, access: Awaitable[Access]) -> Access:
-        try:
-            self._access = got = await access
-        except LazyImgError as exc:
-            self._login_error = exc
-            raise
-        self._login_error = None
-        return got
-
-    async def _first_answer(
-        self,
-        stack: AsyncExitStack,
-        access: Access,
-        path: str,
-        what: str,
-        headers: Mapping[str, str],
-        *,
-        may_wait: bool,
-    ) -> tuple[str, Reply]:
-        """Return the first endpoint that works, and its reply, which the stack closes."""
-        asks = await self._endpoints.wait_usable(access.endpoints, what, may_wait=may_wait)
-        for ask in asks:
-            is_last = ask == asks[-1]
-            try:
-                reply = await self._ask(ask, access, path, what, headers)
-            except GlanceUnavailable:
-                if is_last:
-                    raise
-                continue
-            if reply.status_code < 500 or is_last:
-                stack.push_async_callback(reply.aclose)
-                return ask.endpoint, reply
-            self._endpoints.avoid(ask.endpoint)
-            await reply.aclose()
-        raise AssertionError("there is at least one endpoint to ask")
-
-    async def _ask(self, ask: Ask, access: Access, path: str, what: str, headers: Mapping[str, str]) -> Reply:
-        """Return what one endpoint answers; to say that nobody is there is no answer."""
-        with self._endpoints.attempt(ask, what):
-            reply = await self._connections.send(access, ask.endpoint, path, what, headers)
-            if reply.status_code in NOT_AN_ANSWER:
-                await reply.aclose()
-                raise refusal(reply.status_code, reply.headers, b"", what)
-            return reply
-
-    async def _beginning(self, reply: Reply, bytes_max: int, what: str) -> bytes:
-        """Return at most `bytes_max` of the body's bytes."""
-        body = bytearray()
-        with trio.move_on_after(WHOLE_READ_TIMEOUT_S) as scope:
-            async with aclosing(self._connections.pieces(reply, what)) as pieces:
-                async for piece in pieces:
-                    body += piece
-                    if len(body) >= bytes_max:
-                        break
-        if scope.cancelled_caught:
-            raise GlanceUnavailable(f"{what}: Glance's answer took more than {WHOLE_READ_TIMEOUT_S:g} s")
-        return bytes(body[:bytes_max])
-
     async def _exactly(self, reply: Reply, length: int, what: str) -> AsyncGenerator[bytes, None]:
         """Yield the body; raise GlanceUnavailable unless it is `length` bytes, and never yield more."""
         received = 0
-        async with aclosing(self._connections.pieces(reply, what)) as pieces:
+        async with aclosing(self._asking.pieces(reply, what)) as pieces:
             async for piece in pieces:
                 received += len(piece)
                 # The end is looked for before the last piece is handed out, so that the connection is free
@@ -329,6 +215,10 @@ class GlanceClient:
                 yield piece
         if received != length:
             raise GlanceUnavailable(f"{what}: Glance sent {received} of {length} bytes")
+
+
+def _data_path(image_id: str) -> str:
+    return f"/v2/images/{quote(image_id, safe='')}/file"
 
 
 async def _replay(pieces: list[bytes]) -> AsyncGenerator[bytes, None]:

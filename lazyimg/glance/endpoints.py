@@ -69,6 +69,11 @@ class Endpoints:
         """True if no endpoint answers, as far as is known."""
         return bool(self._breakers) and not any(breaker.is_closed for breaker in self._breakers.values())
 
+    def is_closed(self, endpoint: str) -> bool:
+        """True if this endpoint answers, as far as is known."""
+        breaker = self._breakers.get(endpoint)
+        return breaker is not None and breaker.is_closed
+
     def statistics(self) -> tuple[EndpointStatistics, ...]:
         """Return a snapshot of each endpoint."""
         now_s = trio.current_time()

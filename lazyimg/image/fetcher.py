@@ -17,17 +17,12 @@ from lazyimg.core.chunks import chunks_of
 from lazyimg.core.fetchplan import FetchPlan, Piece, Request
 from lazyimg.errors import (
     GlanceUnavailable,
-    ImageChanged,
-    ImageForbidden,
-    ImageNotFound,
     LazyImgError,
-    RangesNotSupported,
     SourceDamaged,
-    SourceDoubted,
-    WholeBody,
 )
 from lazyimg.image.arrivals import Arrivals
 from lazyimg.image.backoff import Backoff
+from lazyimg.image.ladder import Ladder
 from lazyimg.image.slots import FlightSlots
 from lazyimg.image.source import Cutter, Glance, SourceKind
 from lazyimg.image.tablestore import TableStore
@@ -36,9 +31,6 @@ from lazyimg.image.want import Cause, Want, Wants
 from lazyimg.image.writer import Writer
 
 logger = logging.getLogger(__name__)
-
-# Whole bodies in a row, without one good range, that make an image a stream: never a single lie.
-WHOLE_BODIES_MAX = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +74,7 @@ class Fetcher:
         self._wants = Wants(image_id, self._plan, view, read_timeout_s)
         self._arrivals = Arrivals(image_id, view, self._plan, self._wants, writer, tables, decoding, nursery)
         self._flights: set[trio.CancelScope] = set()
-        self.source: SourceKind = "ranges"
-        self._whole_bodies = 0
-        self._ranges_proven = False
+        self.ladder = Ladder(image_id, glance)
         self._is_streaming = False
         # How far any stream has come.
         self._streamed_bytes_max = 0
@@ -98,6 +88,11 @@ class Fetcher:
         self._fetched_bytes = 0
 
     @property
+    def source(self) -> SourceKind:
+        """Where the image's bytes come from."""
+        return self.ladder.source
+
+    @property
     def is_idle(self) -> bool:
         # A flight that is about to start is known by its pieces only, or by its being a stream.
         is_flying = self._flights or self._plan.in_flight_count or self._is_streaming
@@ -107,7 +102,13 @@ class Fetcher:
         """Return a snapshot of the counters."""
         error = None if self._wants.last_error is None else str(self._wants.last_error)
         retries = self._backoff.retries
-        return FetchStatistics(self._requests, self._fetched_bytes, retries, len(self._wants), error)
+        return FetchStatistics(
+            self._requests,
+            self._fetched_bytes,
+            retries,
+            len(self._wants),
+            error,
+        )
 
     def waits_for(self, chunks: Iterable[int]) -> Cause | None:
         """Say what keeps these chunks from coming, None if nobody waits here for any of them."""
@@ -298,7 +299,10 @@ class Fetcher:
         error: LazyImgError | None = None
         try:
             start, stop, size_bytes = request.start, request.stop, self._view.source_size_bytes
-            async with self._glance.open_range(self._image_id, start, stop, size_bytes=size_bytes) as body:
+            body_of = self._glance.open_range(
+                self._image_id, start, stop, size_bytes=size_bytes, is_urgent=request.is_urgent
+            )
+            async with body_of as body:
                 cutter = Cutter(request.pieces)
                 async for data in body:
                     pieces = list(cutter.feed(data))
@@ -309,8 +313,7 @@ class Fetcher:
                         await self._arrived(pieces)
             if arrived < len(request.pieces):
                 raise GlanceUnavailable(f"image {self._image_id}: a body ended early without an error")
-            self._ranges_proven = True
-            self._whole_bodies = 0
+            self.ladder.range_came()
         except LazyImgError as exc:
             error = exc
         except Exception as exc:
@@ -383,38 +386,14 @@ class Fetcher:
     async def _after_failure(self, error: LazyImgError) -> None:
         """Decide what a failed attempt means; pauses, but never longer than a waiting guest may be kept."""
         self._wants.last_error = error
-        if isinstance(error, RangesNotSupported):
-            self._become_stream(error)
-            return
-        if isinstance(error, WholeBody):
-            self._whole_bodies += 1
-            if self._whole_bodies >= WHOLE_BODIES_MAX and not self._ranges_proven:
-                self._become_stream(error)
-                return
-        if isinstance(error, ImageNotFound | ImageForbidden | SourceDoubted) and await self._is_final():
-            assert self._wants.last_error is not None
+        was_stream = self.source == "stream"
+        verdict, self._wants.last_error = await self.ladder.judge(error)
+        if verdict == "final":
             self._wants.fail(list(self._wants), self._wants.last_error)
-            return
-        await self._backoff.pause(self._wants.last_error)
-
-    async def _is_final(self) -> bool:
-        """True if Glance's record says that the image is gone or another; bytes alone that are refused are not."""
-        try:
-            await self._glance.image(self._image_id)
-        except (ImageNotFound, ImageForbidden, ImageChanged) as exc:
-            self._wants.last_error = exc
-            return True
-        except LazyImgError as exc:
-            self._wants.last_error = exc
-        except Exception:
-            logger.exception("image %s: asking for its record failed in an unforeseen way", self._image_id)
-        return False
-
-    def _become_stream(self, why: LazyImgError) -> None:
-        if self.source == "stream":
-            return
-        logger.info("image %s: reading it as one stream: %s", self._image_id, why)
-        self.source = "stream"
-        self._plan.abandon_background()
-        for urgent in (True, False):
-            self._plan.abandon(self._wants.missing_pieces(urgent=urgent))
+        elif verdict == "again":
+            await self._backoff.pause(self._wants.last_error)
+        elif not was_stream:
+            # A stream brings everything in its own order anyway.
+            self._plan.abandon_background()
+            for urgent in (True, False):
+                self._plan.abandon(self._wants.missing_pieces(urgent=urgent))

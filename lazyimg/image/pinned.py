@@ -44,10 +44,18 @@ class PinnedSource:
         await self._glance.wait_recovered()
 
     def open_range(
-        self, image_id: str, start: int, stop: int, *, size_bytes: int, checksum: str | None = None
+        self,
+        image_id: str,
+        start: int,
+        stop: int,
+        *,
+        size_bytes: int,
+        checksum: str | None = None,
+        is_urgent: bool = False,
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        checksum = checksum or self._record.checksum
         return self._glance.open_range(
-            image_id, start, stop, size_bytes=size_bytes, checksum=checksum or self._record.checksum
+            image_id, start, stop, size_bytes=size_bytes, checksum=checksum, is_urgent=is_urgent
         )
 
     def open_stream(

@@ -31,6 +31,8 @@ class Records(Protocol):
 
     async def list_images(self) -> list[ImageRecord]: ...
 
+    async def wait_recovered(self) -> None: ...
+
 
 class WatchedGlance:
     """Glance's records and list, with a memory of whether they were answered."""
@@ -50,6 +52,9 @@ class WatchedGlance:
 
     async def list_images(self) -> list[ImageRecord]:
         return await self._watched(self._glance.list_images())
+
+    async def wait_recovered(self) -> None:
+        await self._glance.wait_recovered()
 
     async def _watched(self, answer: Awaitable[_T]) -> _T:
         try:
@@ -78,7 +83,9 @@ class WatchedGlance:
     async def _probe(self) -> None:
         try:
             while self.is_known_down:
-                await trio.sleep(PROBE_INTERVAL_S)
+                # Whoever else finds that Glance is back ends this too.
+                with trio.move_on_after(PROBE_INTERVAL_S):
+                    await self._glance.wait_recovered()
                 try:
                     await self.list_images()
                 except LazyImgError:

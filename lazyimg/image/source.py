@@ -22,7 +22,14 @@ class Glance(Protocol):
         ...
 
     def open_range(
-        self, image_id: str, start: int, stop: int, *, size_bytes: int, checksum: str | None = None
+        self,
+        image_id: str,
+        start: int,
+        stop: int,
+        *,
+        size_bytes: int,
+        checksum: str | None = None,
+        is_urgent: bool = False,
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...
 
     def open_stream(

@@ -219,6 +219,7 @@ def test_deactivated_while_in_use(impatient: Mount, glance: ServedGlance) -> Non
         glance.act(image, "deactivate")
         read = impatient.read_later(image, 6 * MIB, 4096)
         wait_until(lambda: impatient.status_of(image)["retries"] >= 2, "refusals", 30)
+        assert "deactivated in Glance" in impatient.status_of(image)["last_error"]
         assert not read.done()
         glance.act(image, "reactivate")
         assert read.result(30) == image.content[6 * MIB :][:4096]

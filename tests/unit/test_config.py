@@ -53,6 +53,7 @@ KEYS: dict[str, tuple[str, str, Any, list[str], str]] = {
     "background_requests_max": ("2", "2", 2, ["0", "257"], "than"),
     "request_bytes_max": ('"16 MiB"', "16 MiB", 16 << 20, ['"x"', "-1"], "byte|than"),
     "random_request_bytes_max": ('"128 KiB"', "128KiB", 128 << 10, ['"x"', "-1"], "byte|than"),
+    "hedge": ("false", "false", False, ['"perhaps"', "2"], "boolean"),
     "tasks_max": ("500", "500", 500, ["99", "100001"], "than"),
     "cache_read_threads": ("2", "2", 2, ["0", "257"], "than"),
     "cache_write_threads": ("2", "2", 2, ["0", "257"], "than"),

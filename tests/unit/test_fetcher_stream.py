@@ -98,7 +98,7 @@ async def test_streams_first_bytes_wake_their_reader(
     rig: ImageRig, fetcher: Fetcher, nursery: trio.Nursery
 ) -> None:
     """A reader waits for its part of the stream, not for its end; all share one stream."""
-    fetcher.source = "stream"
+    fetcher.ladder.source = "stream"
     rig.glance.replies.append(reply := Reply(hold_at_bytes=5 * CHUNK))
     early, late = Reader(nursery, fetcher, 2), Reader(nursery, fetcher, 35)
     await wait_all_tasks_blocked()
@@ -111,7 +111,7 @@ async def test_streams_first_bytes_wake_their_reader(
 
 async def test_lookups_stream_ends_with_the_first_bytes(rig: ImageRig, fetcher: Fetcher) -> None:
     """A stream that only a lookup wanted stops after what that needs, so that names cost little."""
-    fetcher.source = "stream"
+    fetcher.ladder.source = "stream"
     head = range(MIB // CHUNK)
     assert await fetcher.fetch(head, for_lookup=True) == expected(*head)
     await wait_all_tasks_blocked()
@@ -121,7 +121,7 @@ async def test_lookups_stream_ends_with_the_first_bytes(rig: ImageRig, fetcher: 
 
 async def test_readers_stream_goes_to_the_end(rig: ImageRig, fetcher: Fetcher) -> None:
     """The next reader's stream would begin at zero again, so a guest's is read whole, and then all is present."""
-    fetcher.source = "stream"
+    fetcher.ladder.source = "stream"
     assert await fetcher.fetch([2]) == expected(2)
     await wait_all_tasks_blocked()
     await rig.wait_written()
@@ -131,7 +131,7 @@ async def test_readers_stream_goes_to_the_end(rig: ImageRig, fetcher: Fetcher) -
 
 async def test_stream_nobody_has_open_ends(rig: ImageRig, fetcher: Fetcher, nursery: trio.Nursery) -> None:
     """With the last handle gone, a stream goes no further than somebody waits."""
-    fetcher.source = "stream"
+    fetcher.ladder.source = "stream"
     rig.glance.replies.append(reply := Reply(hold_at_bytes=5 * CHUNK))
     reader = Reader(nursery, fetcher, 2)
     await wait_all_tasks_blocked()
@@ -145,7 +145,7 @@ async def test_stream_nobody_has_open_ends(rig: ImageRig, fetcher: Fetcher, nurs
 
 async def test_stream_that_passed_a_chunk_comes_round_again(rig: ImageRig, fetcher: Fetcher) -> None:
     """[I1] What could not be stored when it passed is brought by another stream, never taken for present."""
-    fetcher.source = "stream"
+    fetcher.ladder.source = "stream"
     rig.fake_space.has_room = False
     assert await fetcher.fetch([2]) == expected(2)
     await wait_all_tasks_blocked()
@@ -155,7 +155,7 @@ async def test_stream_that_passed_a_chunk_comes_round_again(rig: ImageRig, fetch
 
 async def test_streamed_wants_leave_nothing_behind(rig: ImageRig, fetcher: Fetcher) -> None:
     """[I5] What a stream brought is not kept in the plan of ranges, however long it runs."""
-    fetcher.source = "stream"
+    fetcher.ladder.source = "stream"
     for chunk in range(COUNT):
         await fetcher.fetch([chunk])
     await wait_all_tasks_blocked()
@@ -168,7 +168,7 @@ async def test_streamed_wants_leave_nothing_behind(rig: ImageRig, fetcher: Fetch
 
 async def test_broken_stream_begins_again(rig: ImageRig, fetcher: Fetcher, autojump_clock: MockClock) -> None:
     """A stream that breaks is begun again until its readers have their bytes."""
-    fetcher.source = "stream"
+    fetcher.ladder.source = "stream"
     rig.glance.replies.extend(
         [Reply(length_bytes=3 * CHUNK + 9), Reply(error=GlanceUnavailable("busy", retry_after_s=4))]
     )
@@ -181,7 +181,7 @@ async def test_limit_counts_time_without_progress(
     rig: ImageRig, fetcher: Fetcher, nursery: trio.Nursery, mock_clock: MockClock
 ) -> None:
     """On a stream a reader waits as long as bytes keep coming, and `read_timeout` after they stop."""
-    fetcher.source = "stream"
+    fetcher.ladder.source = "stream"
     rig.glance.replies.append(reply := Reply(hold_at_bytes=5 * CHUNK, length_bytes=9 * CHUNK))
     hang = Reply(gate=trio.Event())
     reply.then = GlanceUnavailable("broken")
@@ -204,7 +204,7 @@ async def test_stream_that_breaks_at_one_place_keeps_nobody_for_ever(
 ) -> None:
     """[I5] Coming as far as before is no progress: a reader behind the break has its limit."""
     expected_warnings("trying again")
-    fetcher.source = "stream"
+    fetcher.ladder.source = "stream"
     rig.glance.always.length_bytes = 9 * CHUNK
     rig.glance.always.then = GlanceUnavailable("broken")
     began_at = trio.current_time()
@@ -217,7 +217,7 @@ async def test_record_that_is_gone_ends_a_streams_readers(
     rig: ImageRig, fetcher: Fetcher, mock_clock: MockClock
 ) -> None:
     """404 on the record is final on a stream too."""
-    fetcher.source = "stream"
+    fetcher.ladder.source = "stream"
     rig.glance.always.error = rig.glance.image_error = ImageNotFound("gone")
     with pytest.raises(ImageNotFound):
         await fetcher.fetch([1])
@@ -228,7 +228,7 @@ async def test_bug_in_a_stream_does_not_escape(
 ) -> None:
     """[I6] An unforeseen exception in a stream is logged and the stream begun again."""
     expected_warnings("a stream failed in an unforeseen way")
-    fetcher.source = "stream"
+    fetcher.ladder.source = "stream"
     rig.glance.replies.append(Reply(error=RuntimeError("a bug")))
     assert await fetcher.fetch([1]) == expected(1)
 
@@ -237,7 +237,7 @@ async def test_stream_waits_for_a_slot(cache: CacheDir, nursery: trio.Nursery) -
     """[I5] A stream counts as a flight; it takes the slot that comes free, in turn with the others."""
     rig = ImageRig(cache, nursery, requests_max=1, background_requests_max=1)
     ranges, stream = rig.add(2, SIZE_BYTES).fetcher, rig.add(1, SIZE_BYTES).fetcher
-    stream.source = "stream"
+    stream.ladder.source = "stream"
     gate = trio.Event()
     rig.glance.replies.append(Reply(gate=gate))
     first = Reader(nursery, ranges, 0)
