@@ -120,6 +120,8 @@ class Config(BaseModel):
     hydrate: bool = True
     hydrate_delay: Annotated[float, Field(ge=0, le=86400)] = 30
     hydrate_rate: ByteSize = ByteSize(0)
+    # An image that is whole is compared with Glance's hash of it, at most so many bytes a second; 0: no limit.
+    hash_rate: ByteSize = ByteSize(100 << 20)
 
     # ── not built yet: only false is possible ──
     graduate: bool = False

@@ -110,6 +110,14 @@ class ServedGlance:
     def delete(self, image: ServedImage) -> None:
         self._ask("DELETE", f"/v2/images/{image.id}")
 
+    def damage(self, image: ServedImage, at: int) -> None:
+        """Flip one bit of the image's data in the store, without Glance's knowledge; twice is never."""
+        with (self._folder / f"{image.id}.data").open("r+b", buffering=0) as file:
+            file.seek(at)
+            byte = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte[0] ^ 4]))
+
     def act(self, image: ServedImage, action: str) -> None:
         """deactivate or reactivate an image."""
         self._ask("POST", f"/v2/images/{image.id}/actions/{action}")

@@ -46,6 +46,15 @@ class ImageRecord:
         """The name under `_base`: sha1 of the id in hex (nova.virt.imagecache.get_cache_fname)."""
         return base_name(self.id)
 
+    @property
+    def source_hash(self) -> tuple[str, str] | None:
+        """The hash of the source as hashlib's name and hex digest, None where Glance has none that can be computed."""
+        algo, value = self.os_hash_algo, self.os_hash_value
+        # Those named shake have no length of their own.
+        if not algo or not value or algo not in hashlib.algorithms_available or algo.startswith("shake"):
+            return None
+        return algo, value.lower()
+
     def is_same_as(self, other: ImageRecord) -> bool:
         """True if the other record is of the same bytes."""
         return self._digest("") == other._digest("")

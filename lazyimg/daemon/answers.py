@@ -24,6 +24,7 @@ from lazyimg.glance.client import GlanceClient
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.space import CacheSpace
+from lazyimg.image.states import QUARANTINED
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
 
@@ -165,6 +166,7 @@ class Answers:
             damaged_count, source_hash = await found.verify(
                 lambda done_bytes, total_bytes: report(Progress(done_bytes, total_bytes))
             )
+            await self._catalog.hashed(found, source_hash)
             report(Progress(found.present_bytes, found.present_bytes, damaged_count, source_hash))
 
         found.opened()
@@ -244,11 +246,17 @@ def _image_status(entry: ImageEntry, image: LazyImage | None, *, is_held: bool) 
     if state == "active":
         state = "whole" if present_bytes == entry.size_bytes else "lazy"
     missing_bytes = entry.size_bytes - present_bytes
+    source_hash = "match" if entry.verified else "unchecked"
+    if record.source_hash is None:
+        source_hash = "unknown"
+    elif entry.state == QUARANTINED:
+        source_hash = "mismatch"
     if entry.reason:
         fields["reason"] = entry.reason
     return fields | {
         "state": state,
         "missing_bytes": missing_bytes,
+        "source_hash": source_hash,
         # Its guests depend on Glance having it.
         "at_risk": is_held and missing_bytes > 0,
     }
@@ -267,5 +275,6 @@ def _refused_status(record: ImageRecord, reason: str) -> dict[str, object]:
         "state": "refused",
         "reason": reason,
         "missing_bytes": record.size_bytes or 0,
+        "source_hash": "unchecked",
         "at_risk": False,
     }

@@ -42,6 +42,7 @@ from lazyimg.image.hydrator import Hydrator
 from lazyimg.image.maker import FetchLimits, ImageMaker, Shared
 from lazyimg.image.recordwatch import RecordWatch
 from lazyimg.image.slots import ByteBudget, FlightSlots
+from lazyimg.image.sourcecheck import SourceCheck
 from lazyimg.image.space import CacheSpace
 from lazyimg.store.cachedir import CacheDir
 
@@ -166,6 +167,8 @@ async def _serve(
             nursery.start_soon(_again_after_faults, _commit_now_and_then, catalog)
             nursery.start_soon(_again_after_faults, glance.keep_probing)
             nursery.start_soon(_again_after_faults, watch.run, catalog)
+            check = SourceCheck(catalog, trio.CapacityLimiter(1), bytes_per_s=config.hash_rate)
+            nursery.start_soon(_again_after_faults, check.run)
             if config.hydrate:
                 hydrator = Hydrator(
                     catalog, space, delay_s=config.hydrate_delay, bytes_per_s=config.hydrate_rate

@@ -27,7 +27,7 @@ from lazyimg.errors import (
 )
 from lazyimg.image.decisions import Decisions, Refusals
 from lazyimg.image.eviction import Eviction
-from lazyimg.image.lazyimage import LazyImage
+from lazyimg.image.lazyimage import LazyImage, SourceHash
 from lazyimg.image.listing import Listing
 from lazyimg.image.maker import Maker
 from lazyimg.image.openimages import FetchTotals, OpenImages
@@ -263,6 +263,12 @@ class Catalog:
             self._unpublish(entry)
             if entry.key not in self._opened.held_keys():
                 self._nursery.start_soon(self._eviction.drop_unused, entry.key)
+
+    async def hashed(self, image: LazyImage, outcome: SourceHash) -> None:
+        """Note what came of comparing a whole image with Glance's hash of its source."""
+        entry = self.entry_of(image)
+        if entry is not None:
+            await self._states.hashed(entry, image, outcome)
 
     async def released(self, image: LazyImage) -> None:
         """A handle was released; with the last one of an image hidden since it was opened, its chunks go."""

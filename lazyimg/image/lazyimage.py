@@ -5,7 +5,6 @@ Guards I1: a read returns exactly the image's bytes or raises; absence and damag
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
@@ -83,7 +82,9 @@ class LazyImage:
         self._hash_limiter = hash_limiter
         self._forget_pages = forget_pages
         # Glance's hash is of the source, not of what is decoded from it.
-        self._is_decoded = is_decoded
+        self.is_decoded = is_decoded
+        # How often chunks were found damaged; what was hashed before is of other bytes.
+        self.damage_count = 0
 
     @property
     def is_whole(self) -> bool:
@@ -192,8 +193,7 @@ class LazyImage:
             except ChunkAbsent:
                 continue
             except ChunkDamaged:
-                # What the kernel keeps of it may have come from the disk as it is now.
-                self._forget_pages(self.inode)
+                self._damaged()
                 continue
             except OSError as exc:
                 # A dropped image's file is closed, and the fetcher says so.
@@ -252,12 +252,10 @@ class LazyImage:
 
         def check() -> tuple[int, SourceHash]:
             _, damaged = self._file.verify(step)
-            algo, expected = self.record.os_hash_algo, self.record.os_hash_value
-            if self._is_decoded:
-                expected = None
-            is_known = algo in hashlib.algorithms_available and bool(expected)
-            if algo is None or not is_known or damaged or not self._file.is_whole:
+            source_hash = None if self.is_decoded else self.record.source_hash
+            if source_hash is None or damaged or not self._file.is_whole:
                 return len(damaged), "unknown"
+            algo, expected = source_hash
             try:
                 return 0, "match" if self._file.hash_source(algo, step) == expected else "mismatch"
             except ChunkAbsent:
@@ -268,8 +266,21 @@ class LazyImage:
 
         damaged_count, source_hash = await trio.to_thread.run_sync(check, limiter=self._hash_limiter)
         if damaged_count:
-            self._forget_pages(self.inode)
+            self._damaged()
         return damaged_count, source_hash
+
+    def stored(self, start: int, stop: int) -> bytes:
+        """Return bytes that are on file, proven (thread).  Raises ChunkAbsent, ChunkDamaged or OSError."""
+        try:
+            return self._file.read(start, stop)
+        except ChunkDamaged:
+            trio.from_thread.run_sync(self._damaged)
+            raise
+
+    def _damaged(self) -> None:
+        """Chunks were dropped as damaged; what the kernel keeps of them may have come from the disk as it is now."""
+        self.damage_count += 1
+        self._forget_pages(self.inode)
 
     async def _absent(self, chunks: range) -> list[int]:
         absent = self._file.absent_nowait(chunks)

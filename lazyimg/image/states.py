@@ -19,7 +19,7 @@ import trio
 
 from lazyimg.core.identity import ImageRecord
 from lazyimg.errors import ImageChanged, ImageNotFound, ImageQuarantined, LazyImgError
-from lazyimg.image.lazyimage import LazyImage
+from lazyimg.image.lazyimage import LazyImage, SourceHash
 from lazyimg.image.pinned import changed_reason, is_other
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
@@ -103,6 +103,21 @@ class States:
         ended = {"in_use": False, "mtime_ns": 0} if state == CHANGED else {}
         await self.mark(entry, state=state, reason=reason, record=record, **ended)
         return self._cache.index.get(entry.key) or entry
+
+    async def hashed(self, entry: ImageEntry, image: LazyImage, outcome: SourceHash) -> None:
+        """Note what came of comparing a whole image with Glance's hash of its source."""
+        if outcome == "match":
+            # Taken back by the store if a chunk was dropped meanwhile.
+            await self.mark(entry, verified=True)
+            logger.info("image %s: all of it is here, and is what Glance's hash says", entry.record.id)
+        elif outcome == "mismatch":
+            reason = (
+                f"image {entry.record.id}: what was fetched of it is not what Glance's {entry.record.os_hash_algo} "
+                "says; no byte of it is served. Check the image in Glance; `lazyimg evict` has it fetched anew"
+            )
+            impose(image, QUARANTINED, reason)
+            logger.error("image quarantined: %s", reason)
+            await self.mark(entry, state=QUARANTINED, reason=reason)
 
     async def used(self, entry: ImageEntry) -> None:
         """Note that the image is used now; its first use gives it its mtime and a place in the listing."""

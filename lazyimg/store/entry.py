@@ -22,7 +22,8 @@ class ImageEntry:
     size_bytes: presented bytes.  generation: 16 hex digits naming the chunk file, "" while there is none.
     present_count: chunks durably present.  Both are the store's; `Index.put` never changes them. last_used_s,
     mtime_ns: wall time.  in_use: listed in `_base`. source: "ranges", "location" or "stream".  state, reason:
-    as shown in status; reason says why it is refused.
+    as shown in status; reason says why it is refused.  verified: what is here was found to be what Glance's hash
+    says; the store takes it back with any chunk it drops.
     """
 
     record: ImageRecord
@@ -36,6 +37,7 @@ class ImageEntry:
     source: str = "ranges"
     state: str = "active"
     reason: str = ""
+    verified: bool = False
 
     @property
     def key(self) -> str:
@@ -45,7 +47,7 @@ class ImageEntry:
     def to_json(self) -> str:
         """Return a JSON object: `version`, ENTRY_VERSION; `record`, ImageRecord.to_json; each other field.
 
-        The version changes with any field; entries of another version are dropped.
+        The version changes with any field that must be known; entries of another version are dropped.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return json.dumps({"version": ENTRY_VERSION, **values, "record": self.record.to_json()})
@@ -85,4 +87,5 @@ _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "source": (str,),
     "state": (str,),
     "reason": (str,),
+    "verified": (bool,),
 }

@@ -131,7 +131,7 @@ class Index:
         """Give the image a new, empty generation; the last one is forgotten durably (thread)."""
         with self._changing():
             last = self._entries[key]
-            entry = replace(last, generation=generation, present_count=0)
+            entry = replace(last, generation=generation, present_count=0, verified=False)
             if self._sidecars and last.generation:
                 self._sidecars.forget_generation(last)
             with self._cache.transact():
@@ -189,7 +189,10 @@ class Index:
                 raise OSError(
                     errno.ESTALE, f"cache index: image {key} has no generation {generation} any more"
                 )
-            entry = replace(entry, present_count=present_count)
+            is_whole = present_count == chunk_count(entry.size_bytes)
+            # What is fetched for a chunk that was dropped has not been compared with anything.
+            verified = entry.verified and is_whole and not drops
+            entry = replace(entry, present_count=present_count, verified=verified)
             packed = {page_no: _PAGE.pack(*sums) for page_no, sums in pages.items()}
             try:
                 if self._sidecars and drops:
@@ -240,8 +243,14 @@ class Index:
     def _merged(self, entry: ImageEntry) -> ImageEntry:
         known = self._entries.get(entry.key)
         if known is None:
-            return replace(entry, generation="", present_count=0)
-        return replace(entry, generation=known.generation, present_count=known.present_count)
+            return replace(entry, generation="", present_count=0, verified=False)
+        is_whole = known.present_count == chunk_count(known.size_bytes)
+        return replace(
+            entry,
+            generation=known.generation,
+            present_count=known.present_count,
+            verified=entry.verified and is_whole,
+        )
 
     def _set_keys(self, keys: set[str]) -> None:
         if keys != self._entries.keys():
@@ -320,7 +329,8 @@ class Index:
                     )
             except OSError as exc:
                 log.warning("sidecar of image %s: read in part: %s", entry.record.id, exc)
-            entry = replace(entry, present_count=count)
+            # Chunks may have been dropped since the sidecar was written: it is compared again.
+            entry = replace(entry, present_count=count, verified=False)
             self._cache.set(f"image/{entry.key}", entry.to_json())
         self._entries[entry.key] = entry
 

@@ -10,6 +10,8 @@ import pytest
 from real_mount import Mount, read_direct, wait_until
 from served_glance import MIB, ServedGlance, ServedImage, pattern
 
+from lazyimg.errors import InUse
+
 SIZE_BYTES = 8 * MIB
 # The first MiB comes with the lookup.
 ABSENT = 6 * MIB
@@ -102,3 +104,62 @@ def test_deactivated_image_is_waited_for(make_mount: Callable[..., Mount], glanc
         assert not reading.done()
         glance.act(image, "reactivate")
         assert reading.result(30) == image.content[ABSENT : ABSENT + BLOCK]
+
+
+def test_image_that_is_not_what_glance_says_is_quarantined(
+    make_mount: Callable[..., Mount], make_glance: Callable[..., ServedGlance]
+) -> None:
+    """[I1] Whole and not of the hash that Glance states: every read is EIO, also of pages that the kernel kept.
+
+    1. Glance's store holds other bytes than those it took the hash of.
+    2. A guest reads some of them through the page cache, and the image becomes whole.
+    3. The hash differs: status says quarantined and why; buffered and direct reads are EIO.
+    4. The next daemon says the same.  Eviction is refused while the guest is there, then ends the quarantine.
+    """
+    glance = make_glance()
+    image = glance.add(2 * MIB)
+    glance.damage(image, MIB)
+    mount = make_mount(glance)
+    with mount.path_of(image).open("rb", buffering=0) as guest:
+        assert os.pread(guest.fileno(), BLOCK, 0) == image.content[:BLOCK]
+        mount.fetch_all(image)
+        wait_until(lambda: state_of(mount, image) == ["quarantined"], "the quarantine")
+        shown = mount.status_of(image)
+        assert (shown["source_hash"], "not what Glance's sha512 says" in shown["reason"]) == (
+            "mismatch",
+            True,
+        )
+        wait_until(lambda: _fails(guest.fileno(), 0), "the end of the kernel's pages")
+        with pytest.raises(OSError, match="Input/output"):
+            read_direct(mount.path_of(image), 0, BLOCK)
+        with pytest.raises(InUse):
+            mount.client().evict(image.id)
+    assert mount.stop() == 0
+    mount.start()
+    assert state_of(mount, image) == ["quarantined"]
+    with pytest.raises(OSError, match="Input/output"):
+        read_direct(mount.path_of(image), 0, BLOCK)
+    glance.damage(image, MIB)
+    assert mount.client().evict(image.id) > 0
+    assert read_direct(mount.path_of(image), MIB, BLOCK) == image.content[MIB : MIB + BLOCK]
+
+
+def _fails(descriptor: int, start: int) -> bool:
+    try:
+        os.pread(descriptor, BLOCK, start)
+    except OSError:
+        return True
+    return False
+
+
+def test_whole_image_is_verified_and_stays_so(make_mount: Callable[..., Mount], glance: ServedGlance) -> None:
+    """A whole image is compared with its hash by itself, and a restart does not take that back."""
+    image = glance.add(2 * MIB)
+    mount = make_mount(glance)
+    mount.path_of(image).stat()
+    assert mount.status_of(image)["source_hash"] == "unchecked"
+    mount.fetch_all(image)
+    wait_until(lambda: mount.status_of(image)["source_hash"] == "match", "the comparison")
+    mount.stop()
+    mount.start()
+    assert mount.status_of(image)["source_hash"] == "match"

@@ -63,6 +63,7 @@ KEYS: dict[str, tuple[str, str, Any, list[str], str]] = {
     "write_buffer_max": ('"1 MiB"', "1 MiB", 1 << 20, ['"x"', "-1"], "byte|than"),
     "hydrate": ("false", "false", False, ['"perhaps"', "2"], "boolean"),
     "hydrate_delay": ("5", "5", 5, ["-1", "86401"], "than"),
+    "hash_rate": ('"10 MiB"', "10 MiB", 10 << 20, ['"x"', "-1"], "byte|than"),
     "hydrate_rate": ('"10 MiB"', "10 MiB", 10 << 20, ['"x"', "-1"], "byte|than"),
     "graduate": ("false", "0", False, ["true"], "set it to false"),
     "log_level": ('"DEBUG"', "DEBUG", "DEBUG", ['"debug"', '"LOUD"', "10"], "INFO"),
