@@ -87,6 +87,8 @@ class Config(BaseModel):
     # ── how long a guest may wait ──
     read_timeout: Seconds = 300
     lookup_timeout: Seconds = 2
+    # A cache disk that does not answer within this is bypassed: its images are read from Glance until it is back.
+    disk_timeout: Seconds = 10
     # Longest pause between two attempts while a reader waits.
     retry_pause_max: Seconds = 5
     # `lazyimg restart`: until the other daemon is prepared, and for draining where the kernel cannot send again.
@@ -111,6 +113,8 @@ class Config(BaseModel):
     decode_threads: Threads = 2
     # Tables that say where a decoded image's bytes lie, kept in memory for each open image; others are on disk.
     tables_memory_max: Annotated[ByteSize, Field(ge=1 << 20)] = ByteSize(16 << 20)
+    # Chunk files open at once; above it those not used lately are closed until they are read again.
+    open_files_max: Annotated[int, Field(ge=16, le=1_000_000)] = 512
     # Bytes received and not yet written to the cache.
     write_buffer_max: ByteSize = ByteSize(64 << 20)
 

@@ -23,6 +23,7 @@
     ├── ReadTimeout                      a read waited `read_timeout` and the bytes did not come
     ├── LookupUndecided                  a name could not be decided within `lookup_timeout`
     ├── ChunkAbsent                      chunks that were asked of the cache are not in it
+    ├── ChunkUnreadable                  the disk failed to read chunks of the cache
     └── ChunkDamaged                     bytes in the cache are not those that were stored
 
 Messages name the object and the next step, in one line.  `exit_code` is what the command line ends with.
@@ -152,6 +153,14 @@ class LookupUndecided(LazyImgError):
 
 class ChunkAbsent(LazyImgError):
     """Chunks that were asked of the cache are not in it; `chunks` says which."""
+
+    def __init__(self, message: str, chunks: Sequence[int]) -> None:
+        super().__init__(message)
+        self.chunks = list(chunks)
+
+
+class ChunkUnreadable(LazyImgError):
+    """The disk failed to read chunks of the cache, which count as present still; caused by an OSError."""
 
     def __init__(self, message: str, chunks: Sequence[int]) -> None:
         super().__init__(message)

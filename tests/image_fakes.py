@@ -20,12 +20,14 @@ from lazyimg.core.identity import ImageRecord
 from lazyimg.core.readahead import Readahead
 from lazyimg.errors import GlanceUnavailable, ImageNotFound, SourceDoubted
 from lazyimg.image.catalog import Catalog
+from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.fetcher import Fetcher
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.pinned import PinnedSource
 from lazyimg.image.prefetcher import Prefetcher
 from lazyimg.image.slots import ByteBudget, FlightSlots
 from lazyimg.image.tablestore import TableStore
+from lazyimg.image.unstored import Unstored
 from lazyimg.image.view import StoredView
 from lazyimg.image.writer import Space, Writer
 from lazyimg.store.cachedir import CacheDir
@@ -212,6 +214,7 @@ class ImageRig:
         request_bytes_max: int = MIB,
         write_buffer_max_bytes: int = 64 * MIB,
         read_timeout_s: float = 300,
+        open_files_max: int = 1000,
     ) -> None:
         self.cache = cache
         self.nursery = nursery
@@ -222,6 +225,10 @@ class ImageRig:
         self.budget = ByteBudget(write_buffer_max_bytes)
         self.request_bytes_max = request_bytes_max
         self.read_timeout_s = read_timeout_s
+        self.open_files_max = open_files_max
+        self.unstored = Unstored()
+        # Not watched: what a thread takes is not measured against the test's clock.
+        self.disk = DiskHealth(cache.path, cache.probe, timeout_s=10)
         self.read_limiter = trio.CapacityLimiter(4)
         self.write_limiter = trio.CapacityLimiter(4)
         self.hash_limiter = trio.CapacityLimiter(1)
@@ -258,7 +265,9 @@ class ImageRig:
 
     def make_image(self, record: ImageRecord, file: ChunkFile) -> LazyImage:
         self.files[record.id] = file
-        writer = Writer(file, self.space, self.budget, self.write_limiter, self.nursery)
+        writer = Writer(
+            file, self.space, self.disk, self.unstored, self.budget, self.write_limiter, self.nursery
+        )
         self.writers.append(writer)
         readahead = Readahead(256 << 10, self.request_bytes_max)
         return LazyImage(
@@ -267,6 +276,7 @@ class ImageRig:
             file,
             self.make_fetcher(record, file, writer),
             Prefetcher(file, readahead),
+            self.disk,
             self.read_limiter,
             self.write_limiter,
             self.hash_limiter,
@@ -279,7 +289,7 @@ class ImageRig:
             StoredView(file.size_bytes),
             PinnedSource(self.glance, record, self.has_news),
             writer,
-            TableStore(file, self.read_limiter),
+            TableStore(file, self.disk, self.read_limiter),
             self.slots,
             self.decoding,
             self.nursery,
@@ -300,11 +310,13 @@ class ImageRig:
             self.cache,
             self,
             nursery or self.nursery,
+            self.disk,
             self.write_limiter,
             view="stored",
             lookup_timeout_s=2,
             negative_ttl_s=2,
             handles=handles,
+            open_files_max=self.open_files_max,
         )
 
     async def settle(self) -> None:

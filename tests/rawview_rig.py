@@ -20,7 +20,14 @@ from lazyimg.image.rawview import Qcow2View
 def raw_maker(rig: ImageRig, *, request_bytes_max: int = MIB) -> ImageMaker:
     """Return what makes images of the raw view."""
     shared = Shared(
-        rig.slots, rig.budget, rig.read_limiter, rig.write_limiter, rig.hash_limiter, rig.decoding
+        rig.slots,
+        rig.budget,
+        rig.unstored,
+        rig.disk,
+        rig.read_limiter,
+        rig.write_limiter,
+        rig.hash_limiter,
+        rig.decoding,
     )
     limits = FetchLimits(request_bytes_max, 256 << 10, rig.read_timeout_s, 5, MIB)
     return ImageMaker(

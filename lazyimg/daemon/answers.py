@@ -22,6 +22,7 @@ from lazyimg.daemon.inflight import InFlight, StuckRequests
 from lazyimg.errors import LazyImgError
 from lazyimg.glance.client import GlanceClient
 from lazyimg.image.catalog import Catalog
+from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.space import CacheSpace
 from lazyimg.image.states import QUARANTINED
@@ -43,6 +44,7 @@ class Answers:
         space: CacheSpace,
         in_flight: InFlight,
         stuck: StuckRequests,
+        disk: DiskHealth,
         nursery: trio.Nursery,
         link: HolderLink,
         *,
@@ -56,6 +58,7 @@ class Answers:
         self._space = space
         self._in_flight = in_flight
         self._stuck = stuck
+        self._disk = disk
         self._nursery = nursery
         self._link = link
         self._mountpoint = mountpoint
@@ -74,6 +77,7 @@ class Answers:
         totals = self._catalog.fetch_totals()
         own = process.statistics()
         asked = self._in_flight.statistics()
+        disk = self._disk.statistics()
         return {
             "daemon_pid": os.getpid(),
             "holder_pid": self._link.holder_pid,
@@ -86,6 +90,13 @@ class Answers:
             "cache_is_full": self._space.is_full,
             "cache_used_bytes": self._space.used_bytes,
             "cache_found": asdict(self._cache.statistics()),
+            "disk_state": disk.state,
+            "disk_state_age_s": disk.state_age_s,
+            "disk_is_read_only": disk.is_read_only,
+            "disk_errors": disk.errors,
+            "disk_error": disk.last_error,
+            "disk_stuck_operations": disk.stuck_operations,
+            "disk_bypassed_bytes": disk.bypassed_bytes,
             "requests": totals.requests,
             "fetched_bytes": totals.fetched_bytes,
             "retries": totals.retries,

@@ -27,6 +27,7 @@ from lazyimg.daemon.upper import INODE_BIT, ROOT_INODE, Caller, Change, Upper
 from lazyimg.errors import (
     ChunkAbsent,
     ChunkDamaged,
+    ChunkUnreadable,
     GlanceUnavailable,
     ImageChanged,
     ImageForbidden,
@@ -56,6 +57,7 @@ ERRNO: dict[type[LazyImgError], int] = {
     ImageRefused: errno.EIO,
     ChunkAbsent: errno.EIO,
     ChunkDamaged: errno.EIO,
+    ChunkUnreadable: errno.EIO,
     SourceDamaged: errno.EIO,
     SourceDoubted: errno.EIO,
     ImageChanged: errno.EIO,

@@ -38,12 +38,14 @@ from lazyimg.errors import ConfigError, InUse, LazyImgError, RestartRefused
 from lazyimg.glance.auth import make_auth
 from lazyimg.glance.client import GlanceClient
 from lazyimg.image.catalog import Catalog
+from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.hydrator import Hydrator
 from lazyimg.image.maker import FetchLimits, ImageMaker, Shared
 from lazyimg.image.recordwatch import RecordWatch
 from lazyimg.image.slots import ByteBudget, FlightSlots
 from lazyimg.image.sourcecheck import SourceCheck
 from lazyimg.image.space import CacheSpace
+from lazyimg.image.unstored import Unstored
 from lazyimg.store.cachedir import CacheDir
 
 logger = logging.getLogger("lazyimg.daemon")
@@ -120,12 +122,14 @@ async def _serve(
 ) -> None:
     """Serve the mount until it is unmounted, or another daemon shall have it."""
     config = handover.config
-    cache = CacheDir(config.cache_dir)
+    cache = CacheDir(config.cache_dir, files_max=config.open_files_max)
     try:
         glance = _make_glance(config)
-        shared = _make_shared(config)
+        disk = DiskHealth(cache.path, cache.probe, timeout_s=config.disk_timeout)
+        shared = _make_shared(config, disk)
         space = CacheSpace(
             cache,
+            disk,
             shared.cache_writes,
             size_max_bytes=config.cache_size_max,
             free_min_bytes=config.cache_free_min,
@@ -134,7 +138,7 @@ async def _serve(
         store = FdStore(stored)
         session = Session(resumption, tasks_max=config.tasks_max, drain_timeout_s=config.restart_timeout)
         link = HolderLink(orders, handover, fds, store, session)
-        async with trio.open_nursery() as nursery:
+        async with disk.watched(), trio.open_nursery() as nursery:
             watch = RecordWatch(glance)
             maker = ImageMaker(
                 glance,
@@ -157,17 +161,19 @@ async def _serve(
                 cache,
                 maker,
                 nursery,
+                disk,
                 trio.CapacityLimiter(config.cache_write_threads),
                 view=config.view,
                 lookup_timeout_s=config.lookup_timeout,
                 negative_ttl_s=config.negative_ttl,
                 handles=handles.all(),
+                open_files_max=config.open_files_max,
             )
             await nursery.start(space.keep_room, catalog.busy_keys, catalog.try_evict)
             nursery.start_soon(_again_after_faults, _commit_now_and_then, catalog)
             nursery.start_soon(_again_after_faults, glance.keep_probing)
             nursery.start_soon(_again_after_faults, watch.run, catalog)
-            check = SourceCheck(catalog, trio.CapacityLimiter(1), bytes_per_s=config.hash_rate)
+            check = SourceCheck(catalog, disk, trio.CapacityLimiter(1), bytes_per_s=config.hash_rate)
             nursery.start_soon(_again_after_faults, check.run)
             if config.hydrate:
                 hydrator = Hydrator(
@@ -198,6 +204,7 @@ async def _serve(
                 space,
                 filesystem.in_flight,
                 stuck,
+                disk,
                 nursery,
                 link,
                 mountpoint=handover.mountpoint,
@@ -208,7 +215,8 @@ async def _serve(
                 nursery.start_soon(_again_after_faults, _serve_metrics, answers, config.metrics_listen)
             notify("READY=1")
             logger.info("serving %s", handover.mountpoint)
-        await _commit(catalog)
+        async with disk.watched():
+            await _commit(catalog)
         if not session.is_left:
             notify("STOPPING=1")
             with trio.move_on_after(RESTART_PAUSE_S):
@@ -217,10 +225,12 @@ async def _serve(
         cache.close()
 
 
-def _make_shared(config: Config) -> Shared:
+def _make_shared(config: Config, disk: DiskHealth) -> Shared:
     return Shared(
         FlightSlots(config.requests_max, config.background_requests_max),
         ByteBudget(config.write_buffer_max),
+        Unstored(),
+        disk,
         trio.CapacityLimiter(config.cache_read_threads),
         trio.CapacityLimiter(config.cache_write_threads),
         trio.CapacityLimiter(1),
@@ -307,6 +317,7 @@ async def _commit(catalog: Catalog) -> None:
     for image in catalog.open_images():
         if image.is_dirty:
             await image.commit()
+    await catalog.tidy()
 
 
 async def _again_after_faults(task: Callable[..., Awaitable[None]], *args: object) -> None:

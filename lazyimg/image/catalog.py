@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
 from weakref import WeakValueDictionary
 
 import trio
@@ -26,6 +25,7 @@ from lazyimg.errors import (
     LookupUndecided,
 )
 from lazyimg.image.decisions import Decisions, Refusals
+from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.eviction import Eviction
 from lazyimg.image.lazyimage import LazyImage, SourceHash
 from lazyimg.image.listing import Listing
@@ -37,7 +37,6 @@ from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
 
 logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 # Stands for a view in the inode numbers of links.
 LINK = "link"
@@ -52,16 +51,19 @@ class Catalog:
         cache: CacheDir,
         maker: Maker,
         nursery: trio.Nursery,
+        disk: DiskHealth,
         limiter: trio.CapacityLimiter,
         *,
         view: str,
         lookup_timeout_s: float,
         negative_ttl_s: float,
+        open_files_max: int,
         handles: Mapping[int, int] | None = None,
     ) -> None:
         self._glance = WatchedGlance(glance, nursery)
         self._listing = Listing(self._glance)
         self._cache = cache
+        self._disk = disk
         self._maker = maker
         self._nursery = nursery
         self._limiter = limiter
@@ -73,8 +75,8 @@ class Catalog:
         self._link_targets: dict[int, str] = {}
         # By key, for as long as anybody holds one or waits for it.
         self._judging: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
-        self._states = States(cache, limiter)
-        for entry in sorted(cache.index.entries(), key=lambda entry: entry.last_used_s):
+        self._states = States(cache.index, disk, limiter)
+        for entry in sorted(self._states.all(), key=lambda entry: entry.last_used_s):
             # One whose judgement was cut short is judged anew when it is asked for.
             if entry.view == view and entry.state != JUDGING:
                 self._publish(entry)
@@ -83,10 +85,9 @@ class Catalog:
                     self._unpublish(entry)
         # Open since before this daemon, by inode.
         handed_over = {self._keys_by_inode.get(inode): count for inode, count in (handles or {}).items()}
-        self._opened = OpenImages(
-            cache, maker, limiter, {key: count for key, count in handed_over.items() if key is not None}
-        )
-        self._eviction = Eviction(self._glance, cache, self._states, self._opened, self._unpublish)
+        held = {key: count for key, count in handed_over.items() if key is not None}
+        self._opened = OpenImages(cache, maker, disk, limiter, held, open_files_max)
+        self._eviction = Eviction(self._glance, self._states, self._opened, self._unpublish)
         # Asked and not published.
         self._decisions = Decisions(
             nursery,
@@ -181,7 +182,7 @@ class Catalog:
         return judge(await image.read(0, HEAD_SIZE_BYTES, for_lookup=True), image.record, self._view)
 
     def entry_of(self, image: LazyImage) -> ImageEntry | None:
-        return self._cache.index.get(image.record.key(self._view))
+        return self._states.get(image.record.key(self._view))
 
     # ── all of them ──
 
@@ -213,7 +214,7 @@ class Catalog:
         """Return what the index has of each published image, with the image itself if it is open."""
         # Those of a changed identity have lost their name to another, and may be open.
         keys = dict.fromkeys([*self._keys.values(), *self._keys_by_inode.values()])
-        found = (self._cache.index.get(key) for key in keys)
+        found = (self._states.get(key) for key in keys)
         return [(entry, self._opened.get(entry.key)) for entry in found if entry is not None]
 
     def watched(self) -> list[ImageEntry]:
@@ -280,12 +281,17 @@ class Catalog:
         elif not image.open_handles:
             self._nursery.start_soon(self._eviction.drop_unused, entry.key)
 
+    async def tidy(self) -> None:
+        """Store what a failing disk did not take before, and close chunk files above the limit; now and then."""
+        await self._states.save()
+        await self._opened.close_idle_files()
+
     async def hide(self, name: str) -> None:
         """End the use of a base name's image here: it is not listed, and its next use is its first.
 
         Its chunks go with the last handle, unless Glance lacks the image.  The next lookup finds it again.
         """
-        entry = self._cache.index.get(self._keys.get(name, ""))
+        entry = self._states.get(self._keys.get(name, ""))
         if entry is None:
             return
         await self._states.mark(entry, in_use=False, mtime_ns=0)
@@ -318,7 +324,7 @@ class Catalog:
         # Several names may lead here at once, and by `find` none: one of them judges.
         async with self._judging.setdefault(key, trio.Lock()):
             if self._keys.get(record.base_name) == key:
-                entry = self._cache.index.get(key)
+                entry = self._states.get(key)
                 if entry is not None:
                     await self.seen(entry, record)
                 return await self.image_of(key)
@@ -358,7 +364,7 @@ class Catalog:
             # What a guest wrote into its disk must not be taken for a format either.
             record_judged = as_raw(record, size_bytes)
         entry = ImageEntry(record, self._view, size_bytes, last_used_s=time.time(), state=JUDGING)
-        await self._in_thread(self._cache.index.put, entry)
+        await self._states.add(entry)
         try:
             image = await self._opened.open(entry.key, head)
             judge(await image.read(0, HEAD_SIZE_BYTES, for_lookup=True), record_judged, self._view)
@@ -366,7 +372,7 @@ class Catalog:
             raise
         except ImageRefused:
             self._opened.close(entry.key)
-            await self._in_thread(self._cache.remove_image, entry.key)
+            await self._disk.write(self._cache.remove_image, entry.key, limiter=self._limiter)
             raise
         await self._states.mark(entry, state="active")
         self._refusals.forget(record)
@@ -385,12 +391,9 @@ class Catalog:
             del self._keys[entry.record.base_name]
 
     def _entries(self) -> list[ImageEntry]:
-        found = (self._cache.index.get(key) for key in self._keys.values())
+        found = (self._states.get(key) for key in self._keys.values())
         return [entry for entry in found if entry is not None]
 
     def _entry_of_id(self, image_id: str) -> ImageEntry | None:
         key = self._keys.get(base_name(image_id))
-        return None if key is None else self._cache.index.get(key)
-
-    async def _in_thread(self, function: Callable[..., _T], *args: object) -> _T:
-        return await trio.to_thread.run_sync(function, *args, limiter=self._limiter)
+        return None if key is None else self._states.get(key)

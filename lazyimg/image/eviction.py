@@ -13,7 +13,6 @@ from lazyimg.errors import ImageForbidden, ImageNotFound, ImageRefused, LazyImgE
 from lazyimg.image.openimages import OpenImages
 from lazyimg.image.reachability import Records
 from lazyimg.image.states import KEPT, QUARANTINED, States
-from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
 
 logger = logging.getLogger(__name__)
@@ -25,21 +24,19 @@ class Eviction:
     def __init__(
         self,
         glance: Records,
-        cache: CacheDir,
         states: States,
         opened: OpenImages,
         unpublish: Callable[[ImageEntry], None],
     ) -> None:
         """unpublish: takes an image's name away."""
         self._glance = glance
-        self._cache = cache
         self._states = states
         self._opened = opened
         self._unpublish = unpublish
 
     def busy_keys(self) -> set[str]:
         """Return the images that must not be dropped now: open, being fetched, or all that is left of them."""
-        kept = {entry.key for entry in self._cache.index.entries() if entry.state in KEPT}
+        kept = {entry.key for entry in self._states.all() if entry.state in KEPT}
         return self._opened.busy_keys() | kept
 
     async def evict(self, key: str) -> int:
@@ -48,7 +45,7 @@ class Eviction:
         Raises InUse where it is open, ImageRefused where Glance no longer has it or gives it out, GlanceUnavailable
         where that cannot be found out.  What is quarantined is of no use to anybody and always goes.
         """
-        entry = self._cache.index.get(key)
+        entry = self._states.get(key)
         if entry is None:
             return 0
         image_id = entry.record.id
@@ -72,7 +69,7 @@ class Eviction:
 
     async def drop_unused(self, key: str) -> None:
         """Drop an image whose use here has ended, unless it has begun again."""
-        entry = self._cache.index.get(key)
+        entry = self._states.get(key)
         if entry is not None and not entry.in_use and entry.state != QUARANTINED:
             await self.try_evict(key)
 

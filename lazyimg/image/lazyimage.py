@@ -14,7 +14,8 @@ import trio
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES, chunk_range, chunks_of
 from lazyimg.core.identity import ImageRecord
-from lazyimg.errors import ChunkAbsent, ChunkDamaged, LazyImgError
+from lazyimg.errors import ChunkAbsent, ChunkDamaged, ChunkUnreadable, LazyImgError
+from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.fetcher import Fetcher, FetchStatistics
 from lazyimg.image.prefetcher import Prefetcher
 from lazyimg.image.want import Cause
@@ -53,6 +54,7 @@ class LazyImage:
         file: ChunkFile,
         fetcher: Fetcher,
         prefetcher: Prefetcher,
+        disk: DiskHealth,
         read_limiter: trio.CapacityLimiter,
         write_limiter: trio.CapacityLimiter,
         hash_limiter: trio.CapacityLimiter,
@@ -77,6 +79,7 @@ class LazyImage:
         self._hydrated_chunk = 0
         self._file = file
         self._prefetcher = prefetcher
+        self._disk = disk
         self._read_limiter = read_limiter
         self._write_limiter = write_limiter
         self._hash_limiter = hash_limiter
@@ -102,6 +105,14 @@ class LazyImage:
     @property
     def missing_bytes(self) -> int:
         return self.size_bytes - self.present_bytes
+
+    @property
+    def has_descriptor(self) -> bool:
+        return self._file.has_descriptor
+
+    def take_idle_descriptor(self) -> int | None:
+        """Return the chunk file's descriptor, to be closed, if it can be spared; see ChunkFile."""
+        return self._file.take_idle_descriptor()
 
     def statistics(self) -> ImageStatistics:
         """Return a snapshot of this image's state and counters."""
@@ -183,7 +194,9 @@ class LazyImage:
             absent = list(chunks) if attempt == READ_ROUNDS_MAX else await self._absent(chunks)
             missing = [chunk for chunk in absent if chunk not in fetched]
             if missing:
-                ahead = [] if for_lookup else self._prefetcher.after_miss(start, stop)
+                # Ahead of a guest only where it can be stored.
+                is_alone = for_lookup or not self._disk.may_write
+                ahead = [] if is_alone else self._prefetcher.after_miss(start, stop)
                 # No `await` between `_absent` and here: a chunk that arrives meanwhile would be fetched twice.
                 self.last_wanted_s = trio.current_time()
                 fetched.update(await self.fetcher.fetch(missing, ahead=ahead, for_lookup=for_lookup))
@@ -195,12 +208,31 @@ class LazyImage:
             except ChunkDamaged:
                 self._damaged()
                 continue
-            except OSError as exc:
-                # A dropped image's file is closed, and the fetcher says so.
-                if not self.is_dropped:
-                    logger.warning("image %s: the cache disk failed a read: %s", self.record.id, exc)
-                fetched.update(await self.fetcher.fetch([c for c in chunks if c not in fetched]))
+            except (OSError, ChunkUnreadable) as exc:
+                logger.debug("image %s: the cache disk failed a read: %s", self.record.id, exc)
+                unread = [chunk for chunk in chunks if chunk not in fetched]
+                fetched.update(await self._fetch_past_disk(unread))
+                if isinstance(exc, ChunkUnreadable) and all(chunk in fetched for chunk in unread):
+                    await self._give_up(exc.chunks)
         return await self._assemble(start, stop, fetched)
+
+    async def _fetch_past_disk(self, chunks: list[int]) -> dict[int, bytes]:
+        """Return chunks that may be here and cannot be read; nothing if the disk comes back before Glance answers."""
+        fetched: dict[int, bytes] = {}
+        with self._disk.until_back():
+            fetched = await self.fetcher.fetch(chunks)
+            self._disk.note_bypassed(sum(map(len, fetched.values())))
+        return fetched
+
+    async def _give_up(self, chunks: list[int]) -> None:
+        """Make chunks absent that the disk failed to read and Glance has: they are written anew.
+
+        Not while the disk as a whole fails: then they may be as good as ever when it is back.
+        """
+        try:
+            await self._disk.write(self._file.drop, chunks, limiter=self._write_limiter)
+        except OSError as exc:
+            logger.debug("image %s: unreadable chunks are kept: %s", self.record.id, exc)
 
     async def prefetch(self) -> AsyncGenerator[int, None]:
         """Fetch all that is absent, in the background; yield the bytes of the image gone through so far."""
@@ -235,9 +267,10 @@ class LazyImage:
     async def commit(self) -> None:
         """Make what was written durable.  A failure is logged: those chunks are fetched again."""
         try:
-            await trio.to_thread.run_sync(self._file.commit, limiter=self._write_limiter)
+            await self._disk.write(self._file.commit, limiter=self._write_limiter)
         except OSError as exc:
-            logger.warning("image %s: the cache disk failed to sync: %s", self.record.id, exc)
+            if self._disk.may_write:
+                logger.warning("image %s: the cache disk failed to sync: %s", self.record.id, exc)
 
     async def verify(self, report: Callable[[int, int], None]) -> tuple[int, SourceHash]:
         """Check every present chunk, and the source's hash where all are present and Glance gave one.
@@ -258,8 +291,8 @@ class LazyImage:
             algo, expected = source_hash
             try:
                 return 0, "match" if self._file.hash_source(algo, step) == expected else "mismatch"
-            except ChunkAbsent:
-                # Dropped since it was checked, by a read that found it damaged.
+            except (ChunkAbsent, ChunkUnreadable):
+                # Dropped since it was checked, by a read that found it damaged, or not readable any more.
                 return 0, "unknown"
             except ChunkDamaged as exc:
                 return len(exc.chunks), "unknown"
@@ -283,9 +316,13 @@ class LazyImage:
         self._forget_pages(self.inode)
 
     async def _absent(self, chunks: range) -> list[int]:
+        """Return what is known to be absent; what is not known on a disk that fails is left to `_assemble`."""
         absent = self._file.absent_nowait(chunks)
         if absent is None:
-            found = await trio.to_thread.run_sync(self._file.absent, chunks, limiter=self._read_limiter)
+            try:
+                found = await self._disk.read(self._file.absent, chunks, limiter=self._read_limiter)
+            except OSError:
+                return []
             # Asked again, since some may have arrived meanwhile; not known still means that the index fails.
             absent = self._file.absent_nowait(chunks)
             if absent is None:
@@ -293,7 +330,10 @@ class LazyImage:
         return absent
 
     async def _assemble(self, start: int, stop: int, fetched: dict[int, bytes]) -> bytes:
-        """Join the range from what was fetched and what is on file.  Raises ChunkAbsent, ChunkDamaged, OSError."""
+        """Join the range from what was fetched and what is on file.
+
+        Raises ChunkAbsent, ChunkDamaged, ChunkUnreadable, OSError.
+        """
         parts: list[bytes] = []
         at = start
         while at < stop:
@@ -309,7 +349,7 @@ class LazyImage:
                     part_stop += CHUNK_SIZE_BYTES
                 part_stop = min(part_stop, stop)
                 parts.append(
-                    await trio.to_thread.run_sync(self._file.read, at, part_stop, limiter=self._read_limiter)
+                    await self._disk.read(self._file.read, at, part_stop, limiter=self._read_limiter)
                 )
             at = part_stop
         return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -9,11 +9,13 @@ from typing import Protocol
 import trio
 
 from lazyimg.core.chunks import chunk_count
+from lazyimg.core.fetchplan import Piece
 from lazyimg.core.header import HEAD_SIZE_BYTES, is_decoded
 from lazyimg.core.identity import ImageRecord
 from lazyimg.core.qcow2 import parse_header
 from lazyimg.core.readahead import Readahead
 from lazyimg.errors import ImageRefused
+from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.fetcher import Fetcher
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.pinned import PinnedSource
@@ -22,6 +24,7 @@ from lazyimg.image.rawview import Qcow2View
 from lazyimg.image.slots import ByteBudget, FlightSlots
 from lazyimg.image.source import Glance
 from lazyimg.image.tablestore import TableFile, TableStore
+from lazyimg.image.unstored import Unstored
 from lazyimg.image.view import StoredView, View
 from lazyimg.image.writer import ChunkSink, Space, Writer
 from lazyimg.store.chunkfile import ChunkFile
@@ -29,10 +32,12 @@ from lazyimg.store.chunkfile import ChunkFile
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What all images share: flights, unwritten bytes, and threads, a limiter for each purpose."""
+    """What all images share: flights, bytes not on disk, the disk, and threads, a limiter for each purpose."""
 
     slots: FlightSlots
     unwritten: ByteBudget
+    unstored: Unstored
+    disk: DiskHealth
     cache_reads: trio.CapacityLimiter
     cache_writes: trio.CapacityLimiter
     hashing: trio.CapacityLimiter
@@ -101,6 +106,7 @@ class ImageMaker:
             file,
             fetcher,
             Prefetcher(file, readahead),
+            self._shared.disk,
             self._shared.cache_reads,
             self._shared.cache_writes,
             self._shared.hashing,
@@ -128,16 +134,20 @@ class ImageMaker:
         return b"".join(chunks[chunk] for chunk in sorted(chunks))
 
     async def _kept_head(self, record: ImageRecord, file: ChunkFile, head: bytes | None) -> bytes:
-        """Return the source's first bytes, which are in the cache from then on."""
-        head_bytes = min(record.size_bytes or 0, HEAD_SIZE_BYTES)
-        limiter = self._shared.cache_reads
+        """Return the source's first bytes, which are in the cache from then on if its disk allows it."""
+        tables = self._tables(record, file)
+        whole = Piece(0, min(record.size_bytes or 0, HEAD_SIZE_BYTES))
         if head is None:
-            kept = await trio.to_thread.run_sync(file.table, 0, head_bytes, limiter=limiter)
-            if kept is not None:
-                return kept
+            kept = await tables.get([whole])
+            if whole in kept:
+                return kept[whole]
             head = await self.read_head(record)
-        await trio.to_thread.run_sync(file.put_table, 0, head, limiter=limiter)
+        await tables.put(whole, head)
         return head
+
+    def _tables(self, record: ImageRecord, file: TableFile) -> TableStore:
+        head_bytes = min(record.size_bytes or 0, HEAD_SIZE_BYTES)
+        return TableStore(file, self._shared.disk, self._shared.cache_reads, head_bytes)
 
     def _fetcher(
         self, record: ImageRecord, view: View, sink: ChunkSink, tables: TableFile, space: Space
@@ -147,8 +157,16 @@ class ImageMaker:
             record.id,
             view,
             PinnedSource(self._glance, record, self._has_news),
-            Writer(sink, space, shared.unwritten, shared.cache_writes, self._nursery),
-            TableStore(tables, shared.cache_reads, min(view.source_size_bytes, HEAD_SIZE_BYTES)),
+            Writer(
+                sink,
+                space,
+                shared.disk,
+                shared.unstored,
+                shared.unwritten,
+                shared.cache_writes,
+                self._nursery,
+            ),
+            self._tables(record, tables),
             shared.slots,
             shared.decoding,
             self._nursery,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
@@ -10,10 +11,12 @@ import trio
 
 from lazyimg.core.identity import ImageRecord
 from lazyimg.errors import InUse
+from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.maker import Maker
 from lazyimg.image.states import impose
 from lazyimg.store.cachedir import CacheDir
+from lazyimg.store.chunkfile import ChunkFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +38,28 @@ class FetchTotals:
 class OpenImages:
     """All images of one view that are open, by key.
 
-    handles: how often each image is open to guests since before this daemon, by key; they stay.
+    handles: how often each image is open to guests since before this daemon, by key; they stay.  files_max: above
+    this many open chunk files the descriptors of those not used lately are closed; their next read opens them again.
     """
 
     def __init__(
-        self, cache: CacheDir, maker: Maker, limiter: trio.CapacityLimiter, handles: Mapping[str, int]
+        self,
+        cache: CacheDir,
+        maker: Maker,
+        disk: DiskHealth,
+        limiter: trio.CapacityLimiter,
+        handles: Mapping[str, int],
+        files_max: int,
     ) -> None:
         self._cache = cache
+        self._disk = disk
         self._maker = maker
         self._limiter = limiter
         # Each is counted at the image itself from its first use on.
         self._handles = dict(handles)
+        # Some stay free, for those that are opened until this is looked at again.
+        self._files_wanted = files_max - files_max // 8
+        self._closing = trio.CapacityLimiter(1)
         self._images: dict[str, LazyImage] = {}
         # Of images closed since; without it a total would fall when an image is dropped.
         self._closed_totals = FetchTotals()
@@ -84,7 +98,7 @@ class OpenImages:
                 entry = self._cache.index.get(key)
                 if entry is None:
                     raise KeyError(key)
-                file = await trio.to_thread.run_sync(self._cache.open_image, key, limiter=self._limiter)
+                file = await self._open_file(key)
                 try:
                     image = await self._maker.make(entry.record, file, head)
                     impose(image, entry.state, entry.reason)
@@ -93,7 +107,34 @@ class OpenImages:
                     self._cache.close_image(key)
                     raise
                 image.opened(self._handles.pop(key, 0))
+                if len(self._images) > self._files_wanted:
+                    await self.close_idle_files()
         return image
+
+    async def close_idle_files(self) -> None:
+        """Close the descriptors of files that were not used since the last call, if more are open than should be."""
+        numbers: list[int] = []
+        held = [image for image in self._images.values() if image.has_descriptor]
+        # First what was not used lately; if that is not enough, whatever is not in use at this moment.
+        for image in held * 2:
+            if len(held) - len(numbers) <= self._files_wanted:
+                break
+            number = image.take_idle_descriptor()
+            if number is not None:
+                numbers.append(number)
+        if numbers:
+            # Not on the event loop: of a file on a network close may wait for it.
+            await trio.to_thread.run_sync(_close_all, numbers, limiter=self._closing)
+
+    async def _open_file(self, key: str) -> ChunkFile:
+        try:
+            return await self._disk.read(self._cache.open_image, key, limiter=self._limiter)
+        except OSError:
+            # A guest's image must not wait for the disk: its bytes come from Glance until that is back.
+            file = self._cache.open_image_unseen(key)
+            if file is None:
+                raise
+            return file
 
     def close(self, key: str) -> None:
         """Close an image's chunk file.  On the event loop, whose reads use the descriptor without a lock."""
@@ -106,8 +147,10 @@ class OpenImages:
     async def remove(self, record: ImageRecord, key: str, unpublish: Callable[[], None]) -> int:
         """Close and remove an image, bytes and entry; return the bytes freed.
 
-        unpublish: called when it is certain, before anything is removed.  Raises InUse where it is open.
+        unpublish: called when it is certain, before anything is removed.  Raises InUse where it is open, OSError
+        where the disk fails.
         """
+        freed_bytes = await self._disk.read(self._cache.allocated_bytes, key, limiter=self._limiter)
         async with self._opening.setdefault(key, trio.Lock()):
             image = self._images.get(key)
             if image is not None and image.open_handles:
@@ -118,13 +161,15 @@ class OpenImages:
             unpublish()
             if image is not None:
                 self.close(key)
-            freed_bytes = await trio.to_thread.run_sync(
-                self._cache.allocated_bytes, key, limiter=self._limiter
-            )
-            await trio.to_thread.run_sync(self._cache.remove_image, key, limiter=self._limiter)
+            await self._disk.write(self._cache.remove_image, key, limiter=self._limiter)
         return freed_bytes
 
     def busy_keys(self) -> set[str]:
         """Return the images that are open to guests, or being fetched."""
         busy = {key for key, image in self._images.items() if image.open_handles or not image.fetcher.is_idle}
         return busy | self._handles.keys()
+
+
+def _close_all(numbers: list[int]) -> None:
+    for number in numbers:
+        os.close(number)

@@ -15,6 +15,7 @@ import trio
 from lazyimg.core.chunks import chunk_count
 from lazyimg.core.pace import Pace
 from lazyimg.errors import ChunkAbsent, ChunkDamaged, LazyImgError
+from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.lazyimage import LazyImage, SourceHash
 from lazyimg.image.states import CHANGED, JUDGING, QUARANTINED
 from lazyimg.store.entry import ImageEntry
@@ -45,9 +46,12 @@ class CheckedImages(Protocol):
 class SourceCheck:
     """The background work of a daemon that proves whole images."""
 
-    def __init__(self, images: CheckedImages, limiter: trio.CapacityLimiter, *, bytes_per_s: int) -> None:
+    def __init__(
+        self, images: CheckedImages, disk: DiskHealth, limiter: trio.CapacityLimiter, *, bytes_per_s: int
+    ) -> None:
         """limiter: of the threads that hash.  bytes_per_s: hashed of all images together, 0 for no limit."""
         self._images = images
+        self._disk = disk
         self._limiter = limiter
         self._pace = Pace(bytes_per_s)
         # By key; of images that are whole and not verified.
@@ -99,7 +103,7 @@ class SourceCheck:
 
         for start in range(0, image.size_bytes, STEP_BYTES):
             stop = min(start + STEP_BYTES, image.size_bytes)
-            await trio.to_thread.run_sync(step, start, stop, limiter=self._limiter)
+            await self._disk.read(step, start, stop, limiter=self._limiter)
             self._pace.spend(stop - start, trio.current_time())
             await trio.sleep(self._pace.wait_s(trio.current_time()))
         return digest.hexdigest()

@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from lazyimg.core.diskstate import FAULTS
+from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.eviction import to_evict
 
@@ -30,12 +32,14 @@ class CacheSpace:
     def __init__(
         self,
         cache: CacheDir,
+        disk: DiskHealth,
         limiter: trio.CapacityLimiter,
         *,
         size_max_bytes: int,
         free_min_bytes: int,
     ) -> None:
         self._cache = cache
+        self._disk = disk
         self._limiter = limiter
         self._size_max_bytes = size_max_bytes
         self._free_min_bytes = free_min_bytes
@@ -107,7 +111,7 @@ class CacheSpace:
         try:
             while True:
                 stored_bytes = self._stored_bytes
-                victims, room_bytes = await trio.to_thread.run_sync(
+                victims, room_bytes = await self._disk.read(
                     self._measure, busy_keys(), kept, limiter=self._limiter
                 )
                 if not victims:
@@ -115,7 +119,9 @@ class CacheSpace:
                 if not await evict(victims[0]):
                     kept.add(victims[0])
         except OSError as exc:
-            self.storing_failed(exc)
+            # While the disk fails nothing is written anyway, and what was known of its room is as good as any guess.
+            if exc.errno not in FAULTS:
+                self.storing_failed(exc)
             return
         # All that was taken and not known to be written when the disk was measured.
         room_bytes -= self._taken_bytes - stored_bytes

@@ -1,5 +1,7 @@
 """How each image stands, and what is kept durably of that: its use here, and what Glance says of it.
 
+A change that the disk does not take holds all the same, and is stored when it can be.
+
 An image's state in the index is one of these; what is present of it is read in all but the first and the last:
 
     judging ──► active ◄──► gone           its first bytes are awaited ► shown; Glance no longer has it
@@ -19,10 +21,11 @@ import trio
 
 from lazyimg.core.identity import ImageRecord
 from lazyimg.errors import ImageChanged, ImageNotFound, ImageQuarantined, LazyImgError
+from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.lazyimage import LazyImage, SourceHash
 from lazyimg.image.pinned import changed_reason, is_other
-from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
+from lazyimg.store.index import Index
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +72,34 @@ def impose(image: LazyImage, state: str, reason: str) -> None:
 
 
 class States:
-    """Changes of the index's entries, one at a time."""
+    """The index's entries, changed one at a time."""
 
-    def __init__(self, cache: CacheDir, limiter: trio.CapacityLimiter) -> None:
-        self._cache = cache
+    def __init__(self, index: Index, disk: DiskHealth, limiter: trio.CapacityLimiter) -> None:
+        self._index = index
+        self._disk = disk
         self._limiter = limiter
+        # Changed and not stored yet, at most one an image.
+        self._unsaved: dict[str, ImageEntry] = {}
         self._changing = trio.Lock()
+
+    def get(self, key: str) -> ImageEntry | None:
+        """Return the entry of this key, or None."""
+        stored = self._index.get(key)
+        unsaved = self._unsaved.get(key)
+        if stored is None or unsaved is None:
+            return stored
+        # These are the store's own.
+        return replace(unsaved, generation=stored.generation, present_count=stored.present_count)
+
+    def all(self) -> list[ImageEntry]:
+        """Return all entries."""
+        found = (self.get(entry.key) for entry in self._index.entries())
+        return [entry for entry in found if entry is not None]
+
+    async def add(self, entry: ImageEntry) -> None:
+        """Store a new entry.  Raises OSError."""
+        self._unsaved.pop(entry.key, None)
+        await self._disk.write(self._index.put, entry, limiter=self._limiter)
 
     async def seen(
         self, entry: ImageEntry, image: LazyImage | None, seen: ImageRecord | LazyImgError
@@ -102,7 +127,7 @@ class States:
         # A use that has ended is no use of the other image that has its name now.
         ended = {"in_use": False, "mtime_ns": 0} if state == CHANGED else {}
         await self.mark(entry, state=state, reason=reason, record=record, **ended)
-        return self._cache.index.get(entry.key) or entry
+        return self.get(entry.key) or entry
 
     async def hashed(self, entry: ImageEntry, image: LazyImage, outcome: SourceHash) -> None:
         """Note what came of comparing a whole image with Glance's hash of its source."""
@@ -140,11 +165,35 @@ class States:
         await self.change(entry, lambda now: replace(now, **changes))  # type: ignore[arg-type]
 
     async def change(self, entry: ImageEntry, change: Callable[[ImageEntry], ImageEntry]) -> None:
-        """Change an entry durably; a failing disk costs its durability, not the guest."""
-        try:
-            # One at a time, or a change would be written over by another that began before it.
+        """Change an entry durably; a failing disk costs its durability until `save`, not the guest."""
+        # One at a time, or a change would be written over by another that began before it.
+        async with self._changing:
+            changed = self._unsaved[entry.key] = change(self.get(entry.key) or entry)
+            try:
+                await self._save(changed)
+            except OSError as exc:
+                # A chunk may be dropped before it is stored, which the store alone would know of.
+                self._unsaved[entry.key] = replace(changed, verified=False)
+                if self._disk.may_write:
+                    logger.warning("image %s: its index entry was not stored yet: %s", entry.record.id, exc)
+
+    async def save(self) -> None:
+        """Store what could not be stored before, as far as the disk takes it."""
+        for key in list(self._unsaved) if self._disk.may_write else ():
             async with self._changing:
-                current = self._cache.index.get(entry.key) or entry
-                await trio.to_thread.run_sync(self._cache.index.put, change(current), limiter=self._limiter)
-        except OSError as exc:
-            logger.warning("image %s: its index entry was not stored: %s", entry.record.id, exc)
+                unsaved = self._unsaved.get(key)
+                if unsaved is None:
+                    continue
+                if self._index.get(key) is None:
+                    # Dropped meanwhile.
+                    del self._unsaved[key]
+                    continue
+                try:
+                    await self._save(unsaved)
+                except OSError as exc:
+                    logger.debug("entry %s was not stored yet: %s", key, exc)
+                    return
+
+    async def _save(self, changed: ImageEntry) -> None:
+        await self._disk.write(self._index.put, changed, limiter=self._limiter)
+        del self._unsaved[changed.key]

@@ -1,11 +1,13 @@
 """Writes what arrived to one image's chunk file, in batches, behind the backs of those who wait for it.
 
 A chunk given to the writer is served from memory until it is on file.  A write that fails leaves its chunks
-absent and fails nobody: they are fetched again when somebody needs them.
+absent and fails nobody: they are fetched again when somebody needs them.  Where nothing can be written the latest
+chunks stay in memory for a while.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,7 +15,10 @@ from typing import Protocol
 
 import trio
 
+from lazyimg.core.diskstate import FAULTS
+from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.slots import ByteBudget
+from lazyimg.image.unstored import Unstored
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +49,16 @@ class Writer:
         self,
         sink: ChunkSink,
         space: Space,
+        disk: DiskHealth,
+        unstored: Unstored,
         budget: ByteBudget,
         limiter: trio.CapacityLimiter,
         nursery: trio.Nursery,
     ) -> None:
         self._sink = sink
         self._space = space
+        self._disk = disk
+        self._unstored = unstored
         self._budget = budget
         self._limiter = limiter
         self._nursery = nursery
@@ -65,16 +74,25 @@ class Writer:
         return not self._is_writing
 
     def unwritten(self, chunk: int) -> bytes | None:
-        """Return a chunk that arrived and is not on file yet."""
-        return self._unwritten.get(chunk)
+        """Return a chunk that arrived and is not on file; one that could not be stored when it came is tried again."""
+        data = self._unwritten.get(chunk)
+        if data is None:
+            data = self._unstored.get(self, chunk)
+            if data is not None and self._disk.may_write:
+                self._nursery.start_soon(self._put_again, chunk, data)
+        return data
 
     def holds(self, chunk: int) -> bool:
-        return chunk in self._unwritten
+        return chunk in self._unwritten or self._unstored.get(self, chunk) is not None
 
     async def put(self, chunks: list[tuple[int, bytes]], *, when_done: Callable[[], None]) -> None:
         """Take chunks over; waits while too much is unwritten.  `when_done` is called once, whatever happens."""
         size_bytes = sum(len(data) for _, data in chunks)
-        if self._is_stopped or not self._space.may_store(size_bytes):
+        if self._is_stopped:
+            when_done()
+            return
+        if not self._disk.may_write or not self._space.may_store(size_bytes):
+            self._unstored.keep(self, chunks)
             when_done()
             return
         self._unwritten.update(chunks)
@@ -91,9 +109,15 @@ class Writer:
             self._idle = trio.Event()
             self._nursery.start_soon(self._write_out)
 
+    async def _put_again(self, chunk: int, data: bytes) -> None:
+        # Others may have asked for it since.
+        if self._unstored.take(self, chunk):
+            await self.put([(chunk, data)], when_done=lambda: None)
+
     def stop(self) -> None:
         """Write nothing more: the image is dropped."""
         self._is_stopped = True
+        self._unstored.forget(self)
 
     async def wait_idle(self) -> None:
         """Wait until all that was put is on file or given up."""
@@ -127,11 +151,14 @@ class Writer:
         try:
             if chunks:
                 data = [data for _, data in chunks]
-                await trio.to_thread.run_sync(self._sink.write, chunks[0][0], data, limiter=self._limiter)
+                await self._disk.write(self._sink.write, chunks[0][0], data, limiter=self._limiter)
         except OSError as exc:
             # Once the image is dropped its file is closed under us: nothing is wrong with the disk.
             if not self._is_stopped:
-                self._space.storing_failed(exc)
+                self._unstored.keep(self, chunks)
+                # What the disk's own state does not cover is taken for want of room.
+                if exc.errno not in FAULTS and exc.errno != errno.EROFS:
+                    self._space.storing_failed(exc)
         except Exception:
             logger.exception("writing chunks %d… failed in an unforeseen way; they stay absent", chunks[0][0])
         finally:

@@ -6,6 +6,7 @@
     ├── index/             see index.py
     ├── sidecars/          see sidecar.py
     ├── chunks/            <key>.<generation>: sparse files of the presented size, 0600
+    ├── probe              there while the disk is probed
     └── aside/             what was found damaged, for a human; bounded
 
 Guards "what is not proven is fetched again": a file that is not exactly what the index says is never opened.
@@ -26,6 +27,7 @@ from pathlib import Path
 
 from lazyimg.errors import CacheUnusable, InUse
 from lazyimg.store.chunkfile import READ_BYTES_MAX, ChunkFile
+from lazyimg.store.descriptor import FILES_MAX, Descriptor, DescriptorLimit
 from lazyimg.store.entry import ImageEntry
 from lazyimg.store.folder import PrivateFolder
 from lazyimg.store.index import Index, IndexDamaged
@@ -39,8 +41,9 @@ ASIDE_COUNT_MAX = 8
 ASIDE_BYTES_MAX = 256 << 20
 # What a cache of another version, or one whose version is lost, may hold for us to take it for one.
 _FOLDERS = ("index", "sidecars", "chunks")
-_NAMES = {"version", "version.part", "lock", "aside", *_FOLDERS}
+_NAMES = {"version", "version.part", "lock", "aside", "probe", *_FOLDERS}
 _VERSION_BYTES_MAX = 1024
+_PROBE, _PROBE_BYTES = "probe", 4096
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +63,23 @@ class CacheDir:
 
     index: Index
 
-    def __init__(self, path: Path, lock_fd: int | None = None, *, pages_max: int = PAGES_MAX) -> None:
+    def __init__(
+        self,
+        path: Path,
+        lock_fd: int | None = None,
+        *,
+        pages_max: int = PAGES_MAX,
+        files_max: int = FILES_MAX,
+    ) -> None:
         """Open or create the folder.
 
         lock_fd: a descriptor of its `lock` file that is locked already, handed over by another process; owned
-        by this object from now on.  Raises CacheUnusable or InUse.
+        by this object from now on.  files_max: chunk files that stay open between uses.  Raises CacheUnusable or
+        InUse.
         """
         self.path = path
         self._limit = PageLimit(pages_max)
+        self._descriptors = DescriptorLimit(files_max)
         self._buffer = memoryview(bytearray(READ_BYTES_MAX))
         self._open: dict[str, ChunkFile] = {}
         # Held while a file is opened or removed, so that no image ever has two ChunkFiles.
@@ -143,30 +155,66 @@ class CacheDir:
         found = os.statvfs(self.path)
         return found.f_bavail * found.f_frsize
 
+    def probe(self) -> None:
+        """Write, sync and read back a small file; a full disk passes.  Raises OSError."""
+        data = secrets.token_bytes(_PROBE_BYTES)
+        self._root.remove(_PROBE)
+        fd = self._root.open_file(_PROBE, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            try:
+                os.pwrite(fd, data, 0)
+                os.fsync(fd)
+            except OSError as exc:
+                if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+                    return
+                raise
+            # So that it comes from the disk, not from the page cache.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if os.pread(fd, len(data) + 1, 0) != data:
+                raise OSError(errno.EIO, f"{self.path / _PROBE}: read back is not what was written")
+        finally:
+            os.close(fd)
+            self._root.remove(_PROBE)
+
     def open_image(self, key: str) -> ChunkFile:
         """Open the chunk file of an image that the index has; a new, empty one if there is none to trust.
 
-        It must not be open already.  Raises KeyError for an unknown image, OSError.
+        One that is open is returned as it is: it was opened by somebody who did not wait for it.  Raises KeyError
+        for an unknown image, OSError.
         """
         with self._open_lock:
-            assert key not in self._open, key
+            if key in self._open:
+                return self._open[key]
             entry = self.index.get(key)
             if entry is None:
                 raise KeyError(key)
-            fd, problem = self._open_chunks(entry)
-            if fd is None:
+            file, problem = self._open_chunks(entry)
+            if file is None:
                 entry = self._begin(entry, problem)
-                fd, problem = self._open_chunks(entry)
-                if fd is None:
+                file, problem = self._open_chunks(entry)
+                if file is None:
                     raise OSError(errno.EIO, f"chunk file {self._path_of(entry)} was just made: {problem}")
             try:
                 self.index.heal_sidecar(key)
-                file = ChunkFile(self._path_of(entry), fd, self.index, entry, self._limit, self._buffer)
             except BaseException:
-                os.close(fd)
+                file.close()
                 raise
-            self._open[key] = file
-            return file
+            # Somebody who did not wait for the disk may have opened it unseen.
+            known = self._open.setdefault(key, file)
+            if known is not file:
+                file.close()
+            return known
+
+    def open_image_unseen(self, key: str) -> ChunkFile | None:
+        """Return the chunk file of an image without looking at the disk, None if it has none; does not block.
+
+        What is read of it later is proven as ever; if it is not what it must be, every use raises OSError.
+        """
+        entry = self.index.get(key)
+        if entry is None or not entry.generation:
+            return None
+        # No lock, which a thread may hold that hangs: `open_image` of this key is not called meanwhile.
+        return self._open.setdefault(key, self._chunk_file(entry))
 
     def close_image(self, key: str) -> None:
         """Close an image's chunk file, if open; see `ChunkFile.close`."""
@@ -207,23 +255,35 @@ class CacheDir:
     def _path_of(self, entry: ImageEntry) -> Path:
         return self._chunks.path / _name_of(entry)
 
-    def _open_chunks(self, entry: ImageEntry) -> tuple[int | None, str]:
-        """Return a descriptor of an image's chunk file, or None and why that cannot be trusted."""
+    def _chunk_file(self, entry: ImageEntry) -> ChunkFile:
+        name = _name_of(entry)
+        descriptor = Descriptor(self._chunks, name, entry.size_bytes, self._descriptors)
+        return ChunkFile(self._chunks.path / name, descriptor, self.index, entry, self._limit, self._buffer)
+
+    def _open_chunks(self, entry: ImageEntry) -> tuple[ChunkFile | None, str]:
+        """Return an image's chunk file, open, or None and why that cannot be trusted."""
         if not entry.generation:
             return None, "none yet"
+        file = self._chunk_file(entry)
         try:
-            fd = self._chunks.open_file(_name_of(entry), os.O_RDWR)
+            file.open()
         except OSError:
             # A disk that fails is not the file's fault; what is wrong with the file its name alone tells.
-            problem = self._chunks.problem_of(_name_of(entry))
+            problem = self._problem_of(entry)
             if not problem:
                 raise
             return None, problem
-        size_bytes = os.fstat(fd).st_size
-        if size_bytes == entry.size_bytes:
-            return fd, ""
-        os.close(fd)
-        return None, f"it has {size_bytes} bytes, not {entry.size_bytes}"
+        return file, ""
+
+    def _problem_of(self, entry: ImageEntry) -> str:
+        name = _name_of(entry)
+        problem = self._chunks.problem_of(name)
+        size_bytes = entry.size_bytes if problem else self._chunks.stat(name).st_size
+        return (
+            problem
+            if size_bytes == entry.size_bytes
+            else f"it has {size_bytes} bytes, not {entry.size_bytes}"
+        )
 
     def _begin(self, entry: ImageEntry, problem: str) -> ImageEntry:
         """Begin a new chunk file; one that cannot be trusted is set aside."""

@@ -6,18 +6,17 @@ read returns bytes only of chunks whose checksum was verified since this process
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES, chunk_count, chunk_range, chunks_of
-from lazyimg.errors import ChunkAbsent, ChunkDamaged
+from lazyimg.errors import ChunkAbsent, ChunkDamaged, ChunkUnreadable
 from lazyimg.store.checksum import checksum, checksums
+from lazyimg.store.descriptor import Descriptor
 from lazyimg.store.entry import ImageEntry
 from lazyimg.store.fileio import pread_all, pwrite_sparse
 from lazyimg.store.index import PAGE_CHUNKS, Index
@@ -42,13 +41,13 @@ class ChunkFile:
     def __init__(
         self,
         path: Path,
-        fd: int,
+        descriptor: Descriptor,
         index: Index,
         entry: ImageEntry,
         limit: PageLimit,
         buffer: memoryview,
     ) -> None:
-        """Own `fd` from now on, open on the file of the entry's generation.
+        """Stand for the file of the entry's generation, which is opened when it is first needed.
 
         path: for messages.  buffer: READ_BYTES_MAX bytes for `read_nowait`; shared by all files of one event loop.
         """
@@ -60,14 +59,9 @@ class ChunkFile:
         self._presence = Presence(index, entry, limit)
         self._pages = self._presence.pages
         self._buffer = buffer
-        self._fd = fd
         # Chunks that were found damaged since the file was opened.
         self.damaged_count = 0
-        # Threads inside a call; the descriptor is closed by the last of them, as its number is reused at
-        # once.
-        self._users = 0
-        self._is_closed = False
-        self._users_lock = threading.Lock()
+        self._descriptor = descriptor
         # One write at a time: what is absent when a write begins is then absent until it ends.
         self._write_lock = threading.Lock()
         self._commit_lock = threading.Lock()
@@ -89,9 +83,14 @@ class ChunkFile:
         return self.present_count == self.chunk_count
 
     @property
+    def has_descriptor(self) -> bool:
+        """True if the file takes a descriptor of this process now."""
+        return self._descriptor.number >= 0
+
+    @property
     def allocated_bytes(self) -> int:
         """Bytes the file takes on disk."""
-        with self._in_use() as fd:
+        with self._descriptor.in_use() as fd:
             return os.fstat(fd).st_blocks * 512
 
     def absent_nowait(self, chunks: range) -> list[int] | None:
@@ -125,12 +124,12 @@ class ChunkFile:
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes `[start, stop)` within the file (thread), having verified what was not yet proven.
 
-        Raises ChunkAbsent, or ChunkDamaged for chunks that are not what was stored or that the disk cannot
-        read; those are absent from then on.
+        Raises ChunkAbsent; ChunkDamaged for chunks that are not what was stored, absent from then on; and
+        ChunkUnreadable for those that the disk fails to read, which may pass, or OSError where the index does.
         """
         assert 0 <= start <= stop <= self.size_bytes, (start, stop, self.size_bytes)
         chunks = chunks_of(start, stop)
-        with self._in_use() as fd:
+        with self._descriptor.in_use() as fd:
             states = self._presence.states(chunks)
             absent = [chunks[i] for i, state in enumerate(states) if state == ABSENT]
             if absent:
@@ -157,12 +156,16 @@ class ChunkFile:
         for chunk, one in zip(chunks, data, strict=True):
             start, stop = chunk_range(chunk, self.size_bytes)
             assert len(one) == stop - start > 0, (chunk, len(one), stop - start)
-        with self._write_lock, self._in_use() as fd:
+        with self._write_lock, self._descriptor.in_use() as fd:
+            self._descriptor.make_writable(fd)
             states = self._presence.states(chunks)
             for run in _runs([chunks[i] for i, state in enumerate(states) if state == ABSENT]):
                 parts = data[run.start - first_chunk : run.stop - first_chunk]
                 sums = {chunk: checksum(one) for chunk, one in zip(run, parts, strict=True)}
                 pwrite_sparse(fd, run.start * CHUNK_SIZE_BYTES, parts)
+                if fd != self._descriptor.number:
+                    # Closed after this use: of a failed write-back the kernel tells those who have the file open.
+                    os.fdatasync(fd)
                 self._presence.set_written(sums)
 
     def commit(self) -> int:
@@ -171,7 +174,7 @@ class ChunkFile:
         Raises OSError.  If the data could not be synced, these chunks are absent again: the kernel forgets
         which bytes it failed to write and says so only once (fsync(2), "EIO").
         """
-        with self._commit_lock, self._in_use() as fd:
+        with self._commit_lock, self._descriptor.in_use() as fd:
             written = self._presence.written()
             if not written:
                 return 0
@@ -205,8 +208,12 @@ class ChunkFile:
         for chunks in self._all_runs():
             states = self._presence.states(chunks)
             for run in _runs([chunks[i] for i, state in enumerate(states) if state != ABSENT]):
-                with self._in_use() as fd:
-                    _, bad, absent = self._read_checked(fd, run)
+                with self._descriptor.in_use() as fd:
+                    try:
+                        _, bad, absent = self._read_checked(fd, run)
+                    except (ChunkUnreadable, OSError) as exc:
+                        log.warning("%s: chunks from %d: %s", self.path, run.start, exc)
+                        bad, absent = list(run), []
                 self._presence.set_proven(set(run) - set(bad) - set(absent))
                 if bad:
                     self._damaged(bad)
@@ -228,27 +235,37 @@ class ChunkFile:
                 progress(chunks.stop, self.chunk_count)
         return digest.hexdigest()
 
+    def open(self) -> None:
+        """Open the file now (thread).  Raises OSError, ESTALE where it is not what it was or must be."""
+        with self._descriptor.in_use():
+            return
+
+    def take_idle_descriptor(self) -> int | None:
+        """Return the descriptor for the caller to close, if it was not used since this was last asked; else None.
+
+        Call it on the thread of `read_nowait`.  The next use opens the file again; a file with chunks that await
+        `commit` keeps it, for the kernel tells of a failed write-back only those who had the file open then.
+        """
+        return None if self.written_count else self._descriptor.take_idle()
+
     def close(self) -> None:
         """Close the file once no thread is inside a call; what is not committed is absent when next opened.
 
         Call it on the thread of `read_nowait`, or when that can no longer be called.  May be called twice.
         """
-        with self._users_lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            if not self._users:
-                os.close(self._fd)
+        self._descriptor.close()
         self._presence.close()
 
     def _pread_nowait(self, start: int, stop: int) -> memoryview | None:
         part = self._buffer[: stop - start]
+        descriptor = self._descriptor
+        descriptor.was_used = True
         try:
-            count = os.preadv(self._fd, (part,), start, os.RWF_NOWAIT)
+            count = os.preadv(descriptor.number, (part,), start, os.RWF_NOWAIT)
         except BlockingIOError:
             return None
         except OSError:
-            # EIO, or a file system without RWF_NOWAIT: the thread finds out which.
+            # EIO, a file system without RWF_NOWAIT, or no descriptor: the thread finds out which.
             return None
         return part if count == stop - start else None
 
@@ -271,23 +288,23 @@ class ChunkFile:
         return data[start - whole_start : stop - whole_start]
 
     def _read_proven(self, fd: int, start: int, stop: int) -> tuple[bytes, list[int]]:
-        """Return the bytes of proven chunks, and all these chunks as damaged if they cannot be read."""
-        try:
-            data = pread_all(fd, start, stop)
-        except OSError as exc:
-            log.warning("%s: bytes %d to %d cannot be read: %s", self.path, start, stop, exc)
-            data = b""
+        """Return the bytes of proven chunks, and all these chunks as damaged if the file ends before them."""
+        data = self._pread(fd, start, stop)
         return data, list(chunks_of(start, stop)) if len(data) != stop - start else []
+
+    def _pread(self, fd: int, start: int, stop: int) -> bytes:
+        try:
+            return pread_all(fd, start, stop)
+        except OSError as exc:
+            chunks = chunks_of(start, stop)
+            what = f"chunks {chunks.start} to {chunks.stop - 1}"
+            raise ChunkUnreadable(f"{self.path}: {what} cannot be read: {exc}", chunks) from exc
 
     def _read_checked(self, fd: int, chunks: range) -> tuple[bytes, list[int], list[int]]:
         """Return the bytes of whole chunks, which of them are damaged, and which are absent by now."""
         start, stop = chunks.start * CHUNK_SIZE_BYTES, min(chunks.stop * CHUNK_SIZE_BYTES, self.size_bytes)
-        try:
-            expected = self._presence.sums(chunks)
-            data = pread_all(fd, start, stop)
-        except OSError as exc:
-            log.warning("%s: chunks %d to %d cannot be read: %s", self.path, chunks.start, chunks.stop, exc)
-            return b"", list(chunks), []
+        expected = self._presence.sums(chunks)
+        data = self._pread(fd, start, stop)
         actual = checksums(data)
         actual += [0] * (len(chunks) - len(actual))
         damaged = [
@@ -320,20 +337,6 @@ class ChunkFile:
     def _all_runs(self) -> Iterator[range]:
         for first in range(0, self.chunk_count, _RUN_CHUNKS):
             yield range(first, min(first + _RUN_CHUNKS, self.chunk_count))
-
-    @contextmanager
-    def _in_use(self) -> Iterator[int]:
-        with self._users_lock:
-            if self._is_closed:
-                raise OSError(errno.EBADF, f"{self.path}: closed")
-            self._users += 1
-        try:
-            yield self._fd
-        finally:
-            with self._users_lock:
-                self._users -= 1
-                if self._is_closed and not self._users:
-                    os.close(self._fd)
 
 
 def _runs(chunks: Sequence[int]) -> Iterator[range]:

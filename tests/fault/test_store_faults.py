@@ -27,7 +27,7 @@ from store_images import chunks_content, content, damage, image_entry, open_new
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES as CHUNK
 from lazyimg.core.chunks import chunk_range
-from lazyimg.errors import CacheUnusable, ChunkAbsent, ChunkDamaged
+from lazyimg.errors import CacheUnusable, ChunkAbsent, ChunkDamaged, ChunkUnreadable
 from lazyimg.store.cachedir import CacheDir, CacheStatistics
 from lazyimg.store.chunkfile import ChunkFile
 from lazyimg.store.index import PAGE_CHUNKS, Index
@@ -184,23 +184,22 @@ def test_failed_sync_makes_its_chunks_absent(
         check_and_refill(file)
 
 
-def test_unreadable_chunk_is_damaged_not_an_error(
-    path: Path,
-    failing: Callable[[str], contextlib.AbstractContextManager[object]],
-    expected_warnings: Callable[..., None],
+def test_unreadable_chunk_stays_until_it_is_dropped(
+    path: Path, failing: Callable[[str], contextlib.AbstractContextManager[object]]
 ) -> None:
-    """A disk that cannot read a chunk costs a fetch; proven or not, it is absent from then on."""
-    expected_warnings("cannot be read", "damaged chunks dropped")
+    """A chunk that the disk cannot read, proven or not, may be readable later: it is given up only when told to."""
     fill(path)
     with opened(path) as (_, file):
         file.read(0, CHUNK)
         for chunk in (0, 1):
             with failing("pread"), failing("preadv"):
                 assert file.read_nowait(chunk * CHUNK, chunk * CHUNK + 9) is None
-                with pytest.raises(ChunkDamaged) as caught:
+                with pytest.raises(ChunkUnreadable) as caught:
                     file.read(chunk * CHUNK, chunk * CHUNK + 9)
             assert caught.value.chunks == [chunk]
-        assert file.absent(range(3)) == [0, 1]
+            assert file.read(chunk * CHUNK, chunk * CHUNK + 9) == WHOLE[chunk * CHUNK :][:9]
+        assert file.absent(range(3)) == []
+        file.drop([0, 1])
         check_and_refill(file)
 
 

@@ -163,12 +163,20 @@ async def test_mtime_that_was_set_is_kept(rig: ImageRig, catalog: Catalog) -> No
 async def test_index_that_takes_nothing_fails_no_use(
     rig: ImageRig, catalog: Catalog, monkeypatch: pytest.MonkeyPatch, expected_warnings: Callable[..., None]
 ) -> None:
-    """[I6] A disk that cannot note a use costs the note, not the guest."""
-    expected_warnings("index entry was not stored")
+    """[I6] A disk that cannot note a use costs the guest nothing, and the note only its time."""
+    expected_warnings("index entry was not stored", "used on and watched")
     image = await present(rig, catalog)
-    monkeypatch.setattr(Index, "put", _fail)
-    await catalog.used(image)
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "put", _fail)
+        await catalog.set_mtime(image, 12_345)
+        await catalog.tidy()
     assert await image.read(0, 10) == content(1, 0, 10)
+    entry = catalog.entry_of(image)
+    assert entry is not None
+    assert (entry.mtime_ns, entry.in_use) == (12_345, True)
+    assert rig.cache.index.get(entry.key) != entry
+    await catalog.tidy()
+    assert rig.cache.index.get(entry.key) == entry
 
 
 def _fail(*_: object) -> None:
@@ -289,7 +297,7 @@ async def test_eviction_that_the_disk_refuses_is_no_fault_of_the_mounts(
     rig: ImageRig, catalog: Catalog, monkeypatch: pytest.MonkeyPatch, expected_warnings: Callable[..., None]
 ) -> None:
     """[I6] A cache disk that cannot forget leaves the image as it was found: not dropped, no exception."""
-    expected_warnings("not dropped")
+    expected_warnings("not dropped", "used on and watched")
     image = await present(rig, catalog)
     monkeypatch.setattr(Index, "forget", _fail)
     assert not await catalog.try_evict(image.record.key("stored"))

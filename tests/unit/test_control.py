@@ -192,7 +192,7 @@ async def test_work_without_steps_is_done(path: Path) -> None:
 async def test_errors_arrive_as_the_class_they_were(name: str, path: Path) -> None:
     """Every class of lazyimg.errors is raised again with its message; one that wants more, as its base."""
     kind = getattr(errors, name)
-    if kind in (errors.ChunkAbsent, errors.ChunkDamaged):
+    if kind in (errors.ChunkAbsent, errors.ChunkUnreadable, errors.ChunkDamaged):
         error, kind = kind("image x: gone; do y", [1]), LazyImgError
     else:
         error = kind("image x: gone; do y")

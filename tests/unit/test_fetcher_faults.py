@@ -236,10 +236,13 @@ async def test_nobody_open_means_nothing_ahead(cache: CacheDir, nursery: trio.Nu
 
 
 async def test_full_cache_serves_without_storing(rig: ImageRig, fetcher: Fetcher) -> None:
-    """[I1] Where there is no room the reader gets the right bytes, and the next one fetches them again."""
+    """[I1] Where there is no room the reader gets the right bytes; once out of memory they are fetched again."""
     rig.fake_space.has_room = False
-    assert await fetcher.fetch([1, 2]) == expected(1, 2)
+    for _ in range(2):
+        assert await fetcher.fetch([1, 2]) == expected(1, 2)
     await rig.wait_written()
+    assert rig.glance.ranges == [(CHUNK, 3 * CHUNK)]
+    rig.unstored.forget(rig.writers[-1])
     assert await fetcher.fetch([1, 2]) == expected(1, 2)
     assert rig.glance.ranges == [(CHUNK, 3 * CHUNK)] * 2
     assert rig.file.absent(range(COUNT)) == list(range(COUNT))
@@ -253,5 +256,6 @@ async def test_failing_disk_serves_without_storing(rig: ImageRig, fetcher: Fetch
     assert await fetcher.fetch([1]) == expected(1)
     await rig.wait_written()
     assert len(rig.fake_space.failures) == 1
+    rig.unstored.forget(rig.writers[-1])
     assert await fetcher.fetch([1]) == expected(1)
     assert len(rig.glance.ranges) == 2

@@ -42,7 +42,7 @@ def catalog(rig: ImageRig) -> Catalog:
 
 
 def start(rig: ImageRig, catalog: Catalog, *, bytes_per_s: int = 0) -> None:
-    rig.nursery.start_soon(SourceCheck(catalog, rig.hash_limiter, bytes_per_s=bytes_per_s).run)
+    rig.nursery.start_soon(SourceCheck(catalog, rig.disk, rig.hash_limiter, bytes_per_s=bytes_per_s).run)
 
 
 async def whole(rig: ImageRig, catalog: Catalog, number: int = 1, **changes: object) -> LazyImage:
@@ -185,7 +185,7 @@ async def test_quarantine_holds_where_the_disk_cannot_note_it(
     expected_warnings: Callable[..., None],
 ) -> None:
     """[I1] A disk that fails costs the note, not the quarantine."""
-    expected_warnings("image quarantined", "index entry was not stored")
+    expected_warnings("image quarantined", "index entry was not stored", "used on and watched")
     image = await whole(rig, catalog, os_hash_value="0" * 128)
 
     def fail(*_: object) -> None:

@@ -13,6 +13,7 @@ from store_images import chunks_content, image_entry
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES as CHUNK
+from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.space import CHECK_INTERVAL_S, CHECK_PAUSE_S, CacheSpace
 from lazyimg.store.cachedir import CacheDir
 
@@ -54,8 +55,9 @@ class Rig:
         self.evicted: list[str] = []
         self.error: OSError | None = None
         self.limiter = trio.CapacityLimiter(1)
+        self.disk = DiskHealth(cache.path, cache.probe, timeout_s=10)
         self.space = CacheSpace(
-            cache, self.limiter, size_max_bytes=size_max_bytes, free_min_bytes=free_min_bytes
+            cache, self.disk, self.limiter, size_max_bytes=size_max_bytes, free_min_bytes=free_min_bytes
         )
 
     async def start(self, nursery: trio.Nursery) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import trio
 from image_fakes import FakeSpace
 from trio.testing import wait_all_tasks_blocked
 
+from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.slots import ByteBudget
+from lazyimg.image.unstored import Unstored
 from lazyimg.image.writer import BATCH_BYTES_MAX, Writer
 
 DATA = b"0123456789"
@@ -42,7 +45,11 @@ class Rig:
         self.sink = Sink()
         self.space = FakeSpace()
         self.budget = ByteBudget(budget_bytes)
-        self.writer = Writer(self.sink, self.space, self.budget, trio.CapacityLimiter(1), nursery)
+        self.disk = DiskHealth(Path("/disk"), lambda: None, timeout_s=10)
+        self.unstored = Unstored()
+        self.writer = Writer(
+            self.sink, self.space, self.disk, self.unstored, self.budget, trio.CapacityLimiter(1), nursery
+        )
         self.done: list[str] = []
 
     async def put(self, name: str, *chunks: int, data: bytes = DATA) -> None:
@@ -93,15 +100,25 @@ async def test_batch_has_a_largest_size(nursery: trio.Nursery) -> None:
     assert rig.sink.calls == [(100, 1), (0, 2), (2, 2), (4, 2)]
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-async def test_failed_write_leaves_chunks_absent_and_fails_nobody(nursery: trio.Nursery, number: int) -> None:
-    """A disk that takes nothing costs presence: the space is told, the putter goes on, the next write is tried."""
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EBADF])
+async def test_failed_write_leaves_chunks_absent_and_fails_nobody(
+    nursery: trio.Nursery, number: int, expected_warnings: Callable[..., None]
+) -> None:
+    """A disk that takes nothing costs presence: the putter goes on, and the next write is tried.
+
+    A fault of the disk is the disk's to count; all else, as a full one, is the space's.
+    """
     rig = Rig(nursery)
+    is_fault = number == errno.EIO
+    if is_fault:
+        expected_warnings("used on and watched")
     rig.sink.error = OSError(number, "injected")
     await rig.put("a", 1)
     await rig.writer.wait_idle()
-    assert rig.space.failures == [rig.sink.error]
-    assert rig.writer.unwritten(1) is None
+    assert rig.space.failures == ([] if is_fault else [rig.sink.error])
+    assert rig.disk.statistics().errors == is_fault
+    assert rig.sink.chunks == {}
+    assert rig.writer.unwritten(1) == DATA
     assert rig.done == ["a"]
     rig.sink.error = None
     await rig.put("b", 1)
@@ -127,15 +144,36 @@ async def test_bug_in_a_write_ends_nothing(
     assert rig.sink.chunks == {2: DATA}
 
 
-async def test_full_cache_takes_nothing(nursery: trio.Nursery) -> None:
-    """Without room nothing is written and nothing waits."""
+@pytest.mark.parametrize("why", ["full", "read-only", "bypassed"])
+async def test_what_cannot_be_stored_stays_in_memory_for_a_while(
+    nursery: trio.Nursery, why: str, expected_warnings: Callable[..., None]
+) -> None:
+    """Where nothing can be written nothing waits: what came is served from memory until the image is dropped."""
     rig = Rig(nursery)
-    rig.space.has_room = False
+    if why == "full":
+        rig.space.has_room = False
+    else:
+        expected_warnings("cache disk")
+        await fail(rig.disk, errno.EROFS if why == "read-only" else errno.EIO)
     await rig.put("a", 1)
     assert rig.done == ["a"]
-    assert rig.writer.unwritten(1) is None
+    assert rig.writer.unwritten(1) == DATA
     assert rig.writer.is_idle
     assert rig.sink.calls == []
+    assert rig.space.taken_bytes == 0
+    rig.writer.stop()
+    assert rig.writer.unwritten(1) is None
+
+
+async def fail(disk: DiskHealth, number: int) -> None:
+    """Have the disk fail until it is not written any more."""
+
+    def failing() -> None:
+        raise OSError(number, "injected")
+
+    while disk.may_write:
+        with pytest.raises(OSError, match="injected"):
+            await disk.write(failing, limiter=trio.CapacityLimiter(1))
 
 
 async def test_budget_holds_back_who_receives_more(nursery: trio.Nursery) -> None:
