@@ -92,6 +92,16 @@ def _images_by_state(status: Status) -> Iterator[Sample]:
     return (((state,), float(states.count(state))) for state in sorted(set(states)))
 
 
+def _glance_down(status: Status) -> Iterator[Sample]:
+    if "glance" in status:
+        yield (), float(status["glance"]["is_down"])
+
+
+def _endpoints_by_state(status: Status) -> Iterator[Sample]:
+    states = [one["state"] for one in status.get("glance", {}).get("endpoints", ())]
+    return (((state,), float(states.count(state))) for state in sorted(set(states)))
+
+
 def _version(status: Status) -> Iterator[Sample]:
     yield (str(status.get("version", "")), str(status.get("view", ""))), 1.0
 
@@ -140,6 +150,13 @@ METRICS = (
         "waiting_chunks",
         "Chunks that are wanted and have not come.",
         _of_images(lambda one: one.get("waiting_chunks", 0)),
+    ),
+    _gauge("glance_down", "1 while nothing can be had of Glance.", _glance_down),
+    _gauge(
+        "glance_endpoints",
+        "Endpoints of Glance, by the state of their breaker.",
+        _endpoints_by_state,
+        "state",
     ),
     _gauge("reads_in_flight", "Reads of guests that wait.", _field("reads_in_flight")),
     _gauge("reads_hung", "Those that wait longer than 10 s.", _field("reads_hung")),

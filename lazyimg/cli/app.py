@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from lazyimg import __version__
 from lazyimg.errors import LazyImgError
 
 if TYPE_CHECKING:
+    from lazyimg.config import Config
     from lazyimg.control import ControlClient
 
 EXIT_CODES = (
@@ -41,6 +42,19 @@ ControlFlag = Annotated[
     Path | None,
     typer.Option("--control", metavar="SOCKET", help="The daemon's control socket [default: from config]."),
 ]
+ConfigFlag = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="F", envvar="LAZYIMG_CONFIG", help="TOML file [default: /etc/lazyimg/lazyimg.toml]."
+    ),
+]
+EndpointFlag = Annotated[
+    list[str] | None, typer.Option(metavar="URL", help="Glance without authentication; may be repeated.")
+]
+CloudFlag = Annotated[
+    str | None, typer.Option(metavar="NAME", help='Name in clouds.yaml, or "envvars" for OS_*.')
+]
+CacheDirFlag = Annotated[Path | None, typer.Option(metavar="D", help="Where fetched bytes are kept.")]
 BaseDirFlag = Annotated[
     Path | None, typer.Option(metavar="DIR", help="The mount [default: where the daemon says it is].")
 ]
@@ -79,6 +93,25 @@ def _common(
     ] = False,
 ) -> None:
     """Start virtual machines on Glance images that have not been downloaded."""
+
+
+def given_flags(
+    endpoint: list[str] | None, cloud: str | None, cache_dir: Path | None, control: Path | None
+) -> dict[str, Any]:
+    """Return the flags that are configuration keys, None for those not given."""
+    return {
+        "endpoint": tuple(endpoint) if endpoint else None,
+        "cloud": cloud,
+        "cache_dir": cache_dir,
+        "control": control,
+    }
+
+
+def load_settings(config: Path | None, flags: dict[str, Any]) -> Config:
+    """Return the configuration, the flags before all else."""
+    from lazyimg.config import load_config
+
+    return load_config(config, flags)
 
 
 def make_client(control: Path | None) -> ControlClient:

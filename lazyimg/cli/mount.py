@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lazyimg.cli.app import EXIT_CODES, ControlFlag, app, make_client
+from lazyimg.cli.app import (
+    EXIT_CODES,
+    CacheDirFlag,
+    CloudFlag,
+    ConfigFlag,
+    ControlFlag,
+    EndpointFlag,
+    app,
+    given_flags,
+    load_settings,
+    make_client,
+)
 
 if TYPE_CHECKING:
     from lazyimg.config import Config
@@ -21,31 +32,15 @@ def mount(
     mountpoint: Annotated[
         Path, typer.Argument(metavar="DIR", help="Folder to mount on, such as Nova's _base.")
     ],
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="F", envvar="LAZYIMG_CONFIG", help="TOML file [default: /etc/lazyimg/lazyimg.toml]."
-        ),
-    ] = None,
-    endpoint: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="Glance without authentication; may be repeated.")
-    ] = None,
-    cloud: Annotated[
-        str | None, typer.Option(metavar="NAME", help='Name in clouds.yaml, or "envvars" for OS_*.')
-    ] = None,
-    cache_dir: Annotated[Path | None, typer.Option(metavar="D", help="Where fetched bytes are kept.")] = None,
+    config: ConfigFlag = None,
+    endpoint: EndpointFlag = None,
+    cloud: CloudFlag = None,
+    cache_dir: CacheDirFlag = None,
     control: ControlFlag = None,
 ) -> None:
     """Show Glance's images under DIR, in the foreground; SIGTERM unmounts."""
-    from lazyimg.config import load_config
-
-    flags = {
-        "endpoint": tuple(endpoint) if endpoint else None,
-        "cloud": cloud,
-        "cache_dir": cache_dir,
-        "control": control,
-    }
-    settings = load_config(config, flags)
+    flags = given_flags(endpoint, cloud, cache_dir, control)
+    settings = load_settings(config, flags)
     set_up_logging(settings)
     from lazyimg.daemon.handover import ConfigSource
     from lazyimg.daemon.holder import run_mount

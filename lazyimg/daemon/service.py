@@ -36,7 +36,7 @@ from lazyimg.daemon.spawn import listened_fds, take_signals
 from lazyimg.daemon.upper import Upper
 from lazyimg.errors import ConfigError, InUse, LazyImgError, RestartRefused
 from lazyimg.glance.auth import make_auth
-from lazyimg.glance.client import GlanceClient
+from lazyimg.glance.configured import make_glance
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.hydrator import Hydrator
@@ -124,7 +124,7 @@ async def _serve(
     config = handover.config
     cache = CacheDir(config.cache_dir, files_max=config.open_files_max)
     try:
-        glance = _make_glance(config)
+        glance = make_glance(config, make_auth(config))
         disk = DiskHealth(cache.path, cache.probe, timeout_s=config.disk_timeout)
         shared = _make_shared(config, disk)
         space = CacheSpace(
@@ -235,19 +235,6 @@ def _make_shared(config: Config, disk: DiskHealth) -> Shared:
         trio.CapacityLimiter(config.cache_write_threads),
         trio.CapacityLimiter(1),
         trio.CapacityLimiter(config.decode_threads),
-    )
-
-
-def _make_glance(config: Config) -> GlanceClient:
-    return GlanceClient(
-        make_auth(config),
-        connect_timeout_s=config.connect_timeout,
-        first_byte_timeout_s=config.first_byte_timeout,
-        between_bytes_timeout_s=config.between_bytes_timeout,
-        # Records and lists are asked while all flights are out.
-        connections_max=config.requests_max + config.background_requests_max,
-        retry_pause_max_s=config.retry_pause_max,
-        hedge=config.hedge,
     )
 
 

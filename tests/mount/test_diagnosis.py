@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 
-from real_mount import Mount, wait_until
+from real_mount import Mount, lazyimg, wait_until
 from served_glance import ServedGlance
 
 
@@ -42,3 +44,38 @@ def test_metrics_tell_what_was_fetched(make_mount: Callable[..., Mount], glance:
     assert [line for line in over_tcp().splitlines() if line.startswith("# ")] == [
         line for line in page.splitlines() if line.startswith("# ")
     ]
+
+
+def test_doctor_finds_all_well(make_mount: Callable[..., Mount], glance: ServedGlance) -> None:
+    """Beside a running daemon, with a Glance that gives ranges, nothing fails and each line says what was seen."""
+    glance.add(1 << 20)
+    mount = make_mount(glance)
+    flags = ["--endpoint", glance.url, "--cache-dir", mount.cache_dir, "--control", mount.control]
+    done = lazyimg("doctor", mount.path, "--json", *flags)
+    found = {one["check"]: one for one in json.loads(done.stdout)["findings"]}
+    assert (done.returncode, done.stderr) == (0, "")
+    for check in (
+        "/dev/fuse",
+        "fusermount3",
+        "cache folder",
+        "daemon",
+        "credentials",
+        "clock",
+        "Glance",
+        "ranges",
+    ):
+        assert found[check]["state"] == "ok", found[check]
+    assert f"pid {mount.status()['daemon_pid']}" in found["daemon"]["seen"]
+
+
+def test_doctor_names_what_fails(make_glance: Callable[..., ServedGlance], tmp_path: Path) -> None:
+    """Without Glance the doctor says so in one line, with what to do, and ends with 1."""
+    glance = make_glance()
+    glance.stop()
+    flags = ["--endpoint", glance.url, "--cache-dir", tmp_path / "cache", "--control", tmp_path / "c.sock"]
+    done = lazyimg("doctor", *flags)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("fail")]
+    assert line.startswith("fail Glance: ")
+    assert " → " in line
+    assert done.stderr == "lazyimg: doctor: not fit: Glance; do what is said there\n"

@@ -23,9 +23,10 @@ PACKAGE = Path(lazyimg.__file__).parent
 # Each part and the parts it may import.  `demo` is a program of its own: it uses lazyimg's command line;
 # only its embedded Glance reads records as the client does.
 MAY_IMPORT: dict[str, set[str]] = {
-    "cli": {"daemon", "overlay", "control", "demo", "core", "metrics", "config", "errors"},
+    "cli": {"daemon", "overlay", "doctor", "control", "demo", "core", "metrics", "config", "errors"},
     "daemon": {"image", "glance", "store", "control", "core", "metrics", "config", "errors"},
     "overlay": {"control", "core", "metrics", "config", "errors"},
+    "doctor": {"glance", "control", "core", "config", "errors"},
     "image": {"glance", "store", "control", "core", "metrics", "config", "errors"},
     "glance": {"core", "metrics", "config", "errors"},
     "store": {"core", "metrics", "config", "errors"},
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Each library and the parts or modules that may import it; a part stands for everything below it.
 OWNERS: dict[str, set[str]] = {
     "pyfuse3": {"daemon"},
-    "trio": {"daemon", "image", "glance", "store", "control", "demo", "cli"},
+    "trio": {"daemon", "image", "glance", "store", "control", "doctor", "demo", "cli"},
     "httpx": {"glance.connections", "control", "demo"},
     "httpcore": {"glance.connections"},
     "diskcache": {"store"},
@@ -60,7 +61,7 @@ OWNERS: dict[str, set[str]] = {
     "pycdlib": {"overlay"},
     "fasteners": {"overlay"},
     # The daemon runs fusermount3 and itself, nothing that looks under the mount (I11).
-    "subprocess": {"overlay", "demo", "daemon.mountpoint"},
+    "subprocess": {"overlay", "doctor", "demo", "daemon.mountpoint"},
 }
 
 # What a decision may not reach for: I/O, the clock and chance belong to the callers of core.

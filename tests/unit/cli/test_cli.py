@@ -32,6 +32,7 @@ COMMANDS = [
     ["restart"],
     ["status"],
     ["metrics"],
+    ["doctor"],
     ["prefetch"],
     ["evict"],
     ["verify"],
