@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -22,9 +21,7 @@ from lazyimg.cli.app import (
     load_settings,
     make_client,
 )
-
-if TYPE_CHECKING:
-    from lazyimg.config import Config
+from lazyimg.logs import set_up_logging
 
 
 @app.command(epilog=EXIT_CODES)
@@ -41,7 +38,7 @@ def mount(
     """Show Glance's images under DIR, in the foreground; SIGTERM unmounts."""
     flags = given_flags(endpoint, cloud, cache_dir, control)
     settings = load_settings(config, flags)
-    set_up_logging(settings)
+    set_up_logging(settings.log_level)
     from lazyimg.daemon.handover import ConfigSource
     from lazyimg.daemon.holder import run_mount
 
@@ -69,14 +66,6 @@ def umount(
     from lazyimg.daemon.mountpoint import umount as unmount
 
     unmount(mountpoint, lazy=lazy)
-
-
-def set_up_logging(config: Config) -> None:
-    """Log to standard error at the configured level; under systemd the journal adds the time itself."""
-    when = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
-    logging.basicConfig(
-        level=config.log_level, stream=sys.stderr, format=f"{when}%(levelname)s %(name)s: %(message)s"
-    )
 
 
 @app.command(epilog=EXIT_CODES)

@@ -44,8 +44,9 @@ from lazyimg.daemon.handover import (
     Handover,
 )
 from lazyimg.daemon.notify import notify, receive
-from lazyimg.daemon.spawn import listened_fds, take_signals
+from lazyimg.daemon.spawn import SIGNALS, listened_fds, take_signals
 from lazyimg.errors import LazyImgError
+from lazyimg.logs import set_up_logging
 
 logger = logging.getLogger("lazyimg.daemon.holder")
 
@@ -89,9 +90,7 @@ def main() -> int:
     """Take over from a holder that died: the daemon itself started this one."""
     given = listened_fds()
     handover = Handover.from_memory(given["handover"])
-    logging.basicConfig(
-        level=handover.config.log_level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    set_up_logging(handover.config.log_level)
     return Holder.of(given, handover).run()
 
 
@@ -138,7 +137,7 @@ class Holder:
         """Keep a daemon running until one ends well, or the first one does not become ready."""
         try:
             with _signals_as_bytes() as signals:
-                take_signals()
+                take_signals(*SIGNALS)
                 self._watch(signals.fileno(), lambda: self._signalled(signals.recv(64)))
                 self._store_with_manager()
                 if self._daemon is None:
@@ -301,8 +300,8 @@ class Holder:
         for number in numbers:
             if self._daemon is not None and (self._daemon.is_ready or not self._was_ever_ready):
                 self._daemon.signal(number)
-            else:
-                # Daemons that do not even start cannot be asked to unmount.
+            elif number != signal.SIGUSR1:
+                # Daemons that do not even start cannot be asked to unmount, nor for a dump.
                 self._unmount()
 
     def _unmount(self) -> None:
@@ -355,7 +354,7 @@ def _signals_as_bytes() -> Iterator[socket.socket]:
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, _noted) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, _noted) for number in SIGNALS}
     try:
         with ours, theirs:
             yield ours

@@ -21,6 +21,7 @@ import trio
 from lazyimg.config import Config, host_and_port
 from lazyimg.daemon import handshake, mountpoint
 from lazyimg.daemon.answers import Answers
+from lazyimg.daemon.dump import dump_on_signal
 from lazyimg.daemon.fdstore import FdStore, receive_all, stored_file
 from lazyimg.daemon.filesystem import Filesystem
 from lazyimg.daemon.handles import Handles
@@ -32,7 +33,7 @@ from lazyimg.daemon.kernelpages import KernelPages
 from lazyimg.daemon.lazyfiles import LazyFiles, parse_owner
 from lazyimg.daemon.notify import notify
 from lazyimg.daemon.session import Session
-from lazyimg.daemon.spawn import listened_fds, take_signals
+from lazyimg.daemon.spawn import ENDING_SIGNALS, listened_fds, take_signals
 from lazyimg.daemon.upper import Upper
 from lazyimg.errors import ConfigError, InUse, LazyImgError, RestartRefused
 from lazyimg.glance.auth import make_auth
@@ -46,6 +47,7 @@ from lazyimg.image.slots import ByteBudget, FlightSlots
 from lazyimg.image.sourcecheck import SourceCheck
 from lazyimg.image.space import CacheSpace
 from lazyimg.image.unstored import Unstored
+from lazyimg.logs import WINDOW_S, LimitedHandler, set_up_logging
 from lazyimg.store.cachedir import CacheDir
 
 logger = logging.getLogger("lazyimg.daemon")
@@ -66,16 +68,14 @@ def main() -> int:
             raise ConfigError("the daemon is started by `lazyimg mount`, not by hand")
         handover = Handover.from_memory(fds["handover"])
         os.close(fds["handover"])
-        logging.basicConfig(
-            level=handover.config.log_level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
-        )
+        log = set_up_logging(handover.config.log_level)
         if handover.is_planned:
             handover = _prepared(handover)
         # Before the open files arrive: its descriptor has a small number then, which select(2) needs.
         resumption = Resumption(fds["fuse"], handover.init_request)
         orders = socket.socket(fileno=fds["orders"])
         stored = receive_all(orders)
-        trio.run(_serve, handover, {name: fds[name] for name in KEPT}, resumption, orders, stored)
+        trio.run(_serve, handover, {name: fds[name] for name in KEPT}, resumption, orders, stored, log)
     except LazyImgError as exc:
         return _failed(exc)
     except EOFError:
@@ -119,6 +119,7 @@ async def _serve(
     resumption: Resumption,
     orders: socket.socket,
     stored: Mapping[str, int],
+    log: LimitedHandler,
 ) -> None:
     """Serve the mount until it is unmounted, or another daemon shall have it."""
     config = handover.config
@@ -197,6 +198,8 @@ async def _serve(
             nursery.start_soon(_again_after_faults, link.listen)
             stuck = StuckRequests(_waiting_path(handover.mountpoint), fds["fuse"], filesystem.in_flight)
             nursery.start_soon(_again_after_faults, stuck.watch)
+            nursery.start_soon(_again_after_faults, dump_on_signal, filesystem.in_flight)
+            nursery.start_soon(_again_after_faults, _tell_left_out, log)
             answers = Answers(
                 glance,
                 catalog,
@@ -284,7 +287,7 @@ async def _serve_metrics(answers: Answers, listen: str) -> None:
 async def _unmount_on_signals(where: Path) -> None:
     """On SIGTERM or SIGINT unmount; if that is busy, say who holds it and go on serving."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        take_signals()
+        take_signals(*ENDING_SIGNALS)
         async for _ in signals:
             try:
                 await trio.to_thread.run_sync(mountpoint.umount, where)
@@ -305,6 +308,13 @@ async def _commit(catalog: Catalog) -> None:
         if image.is_dirty:
             await image.commit()
     await catalog.tidy()
+
+
+async def _tell_left_out(log: LimitedHandler) -> None:
+    """A storm that has ended is told of too, when nothing else is."""
+    while True:
+        await trio.sleep(WINDOW_S)
+        log.tell_left_out()
 
 
 async def _again_after_faults(task: Callable[..., Awaitable[None]], *args: object) -> None:

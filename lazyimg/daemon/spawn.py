@@ -10,14 +10,16 @@ from collections.abc import Mapping
 
 # sd_listen_fds(3): descriptors handed to a process begin here.
 LISTEN_FDS_START = 3
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What asks to unmount, and, with it, what asks for a dump.
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (*ENDING_SIGNALS, signal.SIGUSR1)
 _VARIABLES = ("LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID")
 
 
 def spawn(module: str, fds: Mapping[str, int], notify_address: str) -> int:
     """Start `module` with these descriptors and $NOTIFY_SOCKET ("": none); return its pid.
 
-    SIGTERM and SIGINT wait until it takes them (`take_signals`): until then they would kill it.
+    SIGTERM, SIGINT and SIGUSR1 wait until it takes them (`take_signals`): until then they would kill it.
     """
     environ = {
         name: value for name, value in os.environ.items() if name not in (*_VARIABLES, "NOTIFY_SOCKET")
@@ -34,17 +36,17 @@ def spawn(module: str, fds: Mapping[str, int], notify_address: str) -> int:
             [sys.executable, "-m", module],
             environ,
             file_actions=[(os.POSIX_SPAWN_DUP2, fd, LISTEN_FDS_START + i) for i, fd in enumerate(moved)],
-            setsigdef=_SIGNALS,
-            setsigmask=_SIGNALS,
+            setsigdef=SIGNALS,
+            setsigmask=SIGNALS,
         )
     finally:
         for fd in moved:
             os.close(fd)
 
 
-def take_signals() -> None:
-    """Let the signals come that were sent since this process was started."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+def take_signals(*numbers: signal.Signals) -> None:
+    """Let these signals come, also those that were sent since this process was started."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
 def listened_fds() -> dict[str, int]:

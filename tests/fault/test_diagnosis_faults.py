@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -69,3 +72,29 @@ def test_read_that_the_cache_disk_hangs_is_named(
     assert "lazyimg_reads_in_flight 1.0\n" in mount.client().metrics()
     faulty_disk.heal()
     assert read.result(60) == image.content[MIB : MIB + 4096]
+
+
+# A guest's read waits for Glance, which sends nothing.  The holder gets SIGUSR1.
+# → the daemon's log has its threads, its tasks and the read; it goes on serving.
+def test_dump_while_a_read_hangs(
+    make_mount: Callable[..., Mount], make_glance: Callable[..., ServedGlance]
+) -> None:
+    """SIGUSR1 to the holder makes the daemon write its threads, tasks and waiting reads, and harms nothing."""
+    glance = make_glance()
+    image = glance.add(8 * MIB)
+    mount = make_mount(glance)
+    mount.path_of(image).stat()
+    glance.fail(FaultRule("stall", image_id=image.id, count=1, seconds=3))
+    read = mount.read_later(image, 4 * MIB, 4096)
+    wait_until(lambda: mount.status()["reads"], "the read to be seen")
+    pid = mount.status()["daemon_pid"]
+    os.kill(mount.holder_pid, signal.SIGUSR1)
+    wait_until(lambda: "end of dump" in mount.log(), "the dump")
+    dump = mount.log()
+    assert f"dump of daemon {pid}: " in dump
+    assert f"image {image.id}: [{4 * MIB}, {4 * MIB + 4096})" in dump
+    # What faulthandler writes, and what trio knows of a task.
+    assert re.search(r"^(Current )?[Tt]hread 0x", dump, re.MULTILINE)
+    assert re.search(r"image/lazyimage\.py:\d+ read$", dump, re.MULTILINE)
+    assert read.result(60) == image.content[4 * MIB : 4 * MIB + 4096]
+    assert mount.status()["daemon_pid"] == pid

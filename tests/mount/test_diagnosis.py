@@ -33,7 +33,7 @@ def test_metrics_tell_what_was_fetched(make_mount: Callable[..., Mount], glance:
         file.read(4096)
         page = mount.client().metrics()
         assert sample(page, "lazyimg_images_at_risk") == 1
-    assert sample(page, "lazyimg_fetched_bytes_total") == mount.status()["fetched_bytes"] > 0
+    assert 0 < sample(page, "lazyimg_fetched_bytes_total") <= mount.status()["fetched_bytes"]
     assert sample(page, "lazyimg_unforeseen_errors_total") == 0
 
     def over_tcp() -> str:

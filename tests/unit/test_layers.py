@@ -23,8 +23,8 @@ PACKAGE = Path(lazyimg.__file__).parent
 # Each part and the parts it may import.  `demo` is a program of its own: it uses lazyimg's command line;
 # only its embedded Glance reads records as the client does.
 MAY_IMPORT: dict[str, set[str]] = {
-    "cli": {"daemon", "overlay", "doctor", "control", "demo", "core", "metrics", "config", "errors"},
-    "daemon": {"image", "glance", "store", "control", "core", "metrics", "config", "errors"},
+    "cli": {"daemon", "overlay", "doctor", "control", "demo", "core", "metrics", "logs", "config", "errors"},
+    "daemon": {"image", "glance", "store", "control", "core", "metrics", "logs", "config", "errors"},
     "overlay": {"control", "core", "metrics", "config", "errors"},
     "doctor": {"glance", "control", "core", "config", "errors"},
     "image": {"glance", "store", "control", "core", "metrics", "config", "errors"},
@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "control": {"core", "metrics", "config", "errors"},
     "demo": {"glance", "core", "config", "errors"},
     "core": {"errors"},
+    "logs": set(),
     "metrics": set(),
     "config": {"errors"},
     "errors": set(),

@@ -48,7 +48,7 @@ def test_mount_gets_config_and_gives_its_exit_code(
         return 6
 
     stand_in("lazyimg.daemon.holder", "run_mount", run_mount)
-    monkeypatch.setattr(cli_mount, "set_up_logging", lambda config: None)
+    monkeypatch.setattr(cli_mount, "set_up_logging", lambda level: None)
     file = tmp_path / "f.toml"
     file.write_text('read_timeout = 7\ncache_dir = "/from/file"\ncloud = "c"\n')
     flags = ["--endpoint", "http://a", "--endpoint", "http://b", "--cache-dir", tmp_path / "d"]
@@ -88,8 +88,8 @@ def test_demo_gives_its_exit_code(run: Callable[..., Outcome], stand_in: Callabl
 def test_log_lines_have_a_time_unless_the_journal_adds_it(is_journal: bool, pattern: str) -> None:
     """Under systemd the journal has the time already."""
     script = (
-        "import logging; from lazyimg.cli.mount import set_up_logging; from lazyimg.config import Config\n"
-        "set_up_logging(Config(log_level='WARNING')); log = logging.getLogger('m')\n"
+        "import logging; from lazyimg.logs import set_up_logging\n"
+        "set_up_logging('WARNING'); log = logging.getLogger('m')\n"
         "log.info('no'); log.warning('x')"
     )
     environment = {**os.environ, "JOURNAL_STREAM": "8:1"}
