@@ -78,9 +78,10 @@ def _credentials(access: Access, now_s: float) -> Finding:
 
 
 async def _clock(access: Access, server_date: AskDate, now_s: Callable[[], float]) -> Finding:
+    context = None if access.tls is None else access.tls.context
     try:
         text = await trio.to_thread.run_sync(
-            server_date, access.endpoints[0], access.tls, abandon_on_cancel=True
+            server_date, access.endpoints[0], context, abandon_on_cancel=True
         )
         skew_s = email.utils.parsedate_to_datetime(text or "").timestamp() - now_s()
     except (OSError, ValueError) as exc:
