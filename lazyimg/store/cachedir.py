@@ -334,9 +334,14 @@ class CacheDir:
         known = {_name_of(entry) for entry in self.index.entries() if entry.generation}
         for name in self._chunks.names():
             if name not in known:
-                log.info("chunk file %s removed: the index does not know it", name)
-                self._chunks.remove(name)
-                self._removed_count += 1
+                try:
+                    self._chunks.remove(name)
+                except OSError as exc:
+                    # It takes room, and that is all it does.
+                    log.warning("chunk file %s, which the index does not know, stays: %s", name, exc)
+                else:
+                    log.info("chunk file %s removed: the index does not know it", name)
+                    self._removed_count += 1
 
     def _set_aside(self, folder: PrivateFolder, name: str) -> None:
         """Move a file or folder to `aside/`, and remove the oldest there above its limits."""

@@ -303,14 +303,26 @@ class ChunkFile:
     def _read_checked(self, fd: int, chunks: range) -> tuple[bytes, list[int], list[int]]:
         """Return the bytes of whole chunks, which of them are damaged, and which are absent by now."""
         start, stop = chunks.start * CHUNK_SIZE_BYTES, min(chunks.stop * CHUNK_SIZE_BYTES, self.size_bytes)
-        expected = self._presence.sums(chunks)
+        expected: Sequence[int | None]
+        try:
+            expected = self._presence.sums(chunks)
+        except OSError:
+            # What is proven, or was just written, is known without the index.
+            expected = self._presence.sums_nowait(chunks)
+            if 0 in expected:
+                raise
         data = self._pread(fd, start, stop)
         actual = checksums(data)
+        if len(data) < stop - start:
+            # The file was cut short: a chunk of which a part is left has no checksum either.
+            del actual[len(data) // CHUNK_SIZE_BYTES :]
         actual += [0] * (len(chunks) - len(actual))
         damaged = [
-            chunk for chunk, want, have in zip(chunks, expected, actual, strict=True) if want not in (0, have)
+            chunk
+            for chunk, want, have in zip(chunks, expected, actual, strict=True)
+            if want != 0 and (not have or want not in (None, have))
         ]
-        absent = [chunk for chunk, want in zip(chunks, expected, strict=True) if not want]
+        absent = [chunk for chunk, want in zip(chunks, expected, strict=True) if want == 0]
         if absent:
             # Dropped since their state was read, or their page of checksums is spoiled: look again.
             self._presence.unload(absent)

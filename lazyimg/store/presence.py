@@ -122,6 +122,14 @@ class Presence:
                 sums += [0] * len(offsets)
         return [written.get(chunk, known) for chunk, known in zip(chunks, sums, strict=True)]
 
+    def sums_nowait(self, chunks: range) -> list[int | None]:
+        """Return what is known of each chunk's checksum without the index: None where it needs none, being proven."""
+        states = self.states_nowait(chunks) or bytes(len(chunks))
+        return [
+            None if state == PROVEN else self._written.get(chunk, 0)
+            for chunk, state in zip(chunks, states, strict=True)
+        ]
+
     def written_sum_nowait(self, chunk: int) -> int | None:
         """Return the checksum of a chunk that is written and not yet durable, else None."""
         return self._written.get(chunk)

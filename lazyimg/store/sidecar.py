@@ -199,8 +199,12 @@ class Sidecars:
             match = _NAME.fullmatch(name)
             entry = known.get(match[1]) if match else None
             if match is None or entry is None or match[2] not in (None, entry.generation):
-                log.info("sidecar %s removed: the index does not know its image", name)
-                self._folder.remove(name)
+                try:
+                    self._folder.remove(name)
+                except OSError as exc:
+                    log.warning("sidecar %s, whose image the index does not know, stays: %s", name, exc)
+                else:
+                    log.info("sidecar %s removed: the index does not know its image", name)
         for entry in known.values():
             kept = self.entry(entry.key)
             if kept is None or _text_of(kept) != _text_of(entry):

@@ -202,11 +202,14 @@ class Crash:
 
 def crashes(records: list[Record]) -> Iterator[Crash]:
     """Yield STATES different crashes, spread at random over every moment that left anything pending."""
-    disk, points = CrashDisk(), list[tuple[int, Fate]]()
+    disk, points = CrashDisk(), list[tuple[int, Fate, int]]()
     for at, record in enumerate(records, 1):
         disk.play(record)
         if record[0] != "mark" and disk.pending_count:
-            points += [(at, fate) for fate in FATES]
+            points += [(at, fate, 0) for fate in FATES]
+    # Chance has more to give than one state a moment, where more states are wanted.
+    for again in range(1, 1 + 3 * STATES // len(points)):
+        points += [(at, fate, again) for at, fate, first in points if not first and fate in ("mixed", "torn")]
     random.Random(SEED).shuffle(points)
     seen: set[bytes] = set()
     # Several goes through the record, each in its order; the first brings nearly all.
@@ -214,16 +217,16 @@ def crashes(records: list[Record]) -> Iterator[Crash]:
         wanted = STATES - len(seen)
         chosen, points = sorted(points[:wanted]), points[wanted:]
         disk, promises, played = CrashDisk(), Promises(), 0
-        for at, fate in chosen:
+        for at, fate, again in chosen:
             for record in records[played:at]:
                 disk.play(record)
                 if record[0] == "mark":
                     promises = promised(record[1])
             played = at
-            state = disk.crash(fate, random.Random(f"{SEED} {at} {fate}"))
+            state = disk.crash(fate, random.Random(f"{SEED} {at} {fate} {again}"))
             if digest(state) not in seen:
                 seen.add(digest(state))
-                yield Crash(f"POWER_LOSS_SEED={SEED}, after operation {at}: {fate}", state, promises)
+                yield Crash(f"POWER_LOSS_SEED={SEED}, after operation {at}: {fate} {again}", state, promises)
 
 
 def check(path: Path, promises: Promises, *, is_index_lost: bool = False) -> None:

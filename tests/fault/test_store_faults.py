@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -333,6 +334,45 @@ def test_index_found_corrupt_while_in_use_is_set_aside_at_the_next_start(
         damaged_chunks=0, rebuilt_images=1, set_aside=1, removed_files=0
     )
     cache.close()
+
+
+def test_index_removed_under_a_running_daemon_costs_no_read(
+    path: Path, expected_warnings: Callable[..., None]
+) -> None:
+    """Threads that find the index gone fail their commits, not their reads; the next start rebuilds it."""
+    expected_warnings("cache index rebuilt from sidecars: 1 images, 3 chunks")
+    with opened(path) as (_, file), ThreadPoolExecutor(1) as thread:
+        write(file, 0, 3)
+        file.commit()
+        shutil.rmtree(path / "index")
+        # A thread that was not there before has no connection yet.
+        thread.submit(write, file, 3, 1).result()
+        with pytest.raises(OSError, match="cache index"):
+            thread.submit(file.commit).result()
+        assert thread.submit(file.read, 0, 4 * CHUNK).result() == content(1, 0, 4 * CHUNK)
+    with opened(path) as (_, file):
+        assert file.absent(range(5)) == [3, 4]
+        check_and_refill(file)
+
+
+def test_failing_index_proves_nothing_anew(path: Path, expected_warnings: Callable[..., None]) -> None:
+    """[I1] While the index cannot be read, what is proven or just written is served, and nothing else."""
+    expected_warnings("damaged chunks dropped", "cannot record")
+    fill(path)
+    with opened(path) as (cache, file):
+        file.drop([2])
+        file.read(0, 2 * CHUNK)
+        write(file, 2, 1)
+        with mock.patch.object(cache.index, "page", side_effect=OSError(errno.EIO, "injected")):
+            assert file.read(0, 3 * CHUNK) == content(1, 0, 3 * CHUNK)
+            with pytest.raises(OSError, match="injected"):
+                file.read(0, 4 * CHUNK)
+            assert file.absent(range(4)) == []
+            os.truncate(file.path, CHUNK + 5)
+            with pytest.raises(ChunkDamaged) as cut:
+                file.read(0, 3 * CHUNK)
+            assert cut.value.chunks == [1, 2]
+        assert file.read(0, CHUNK) == content(1, 0, CHUNK)
 
 
 def test_damage_that_cannot_be_recorded_is_still_damage(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from store_images import chunks_content, content, image_entry, open_new
@@ -13,6 +15,7 @@ from lazyimg.core.chunks import CHUNK_SIZE_BYTES as CHUNK
 from lazyimg.errors import CacheUnusable, InUse
 from lazyimg.store import cachedir
 from lazyimg.store.cachedir import CacheDir
+from lazyimg.store.folder import PrivateFolder
 
 SIZE_BYTES = 3 * CHUNK
 KEY = image_entry(1, SIZE_BYTES).key
@@ -170,6 +173,23 @@ def test_unknown_chunk_files_are_removed_at_start(path: Path) -> None:
     (path / "chunks" / "folder").mkdir()
     CacheDir(path).close()
     assert list(path.glob("chunks/*")) == [known]
+
+
+def test_file_that_cannot_be_removed_is_not_in_the_way(
+    path: Path, expected_warnings: Callable[..., None]
+) -> None:
+    """What a start cannot tidy away is told, and the cache opens."""
+    expected_warnings("chunk file stray, which the index does not know, stays", "sidecar stray, .* stays")
+    cache = CacheDir(path)
+    known = fill(cache)
+    cache.close()
+    for folder in ("chunks", "sidecars"):
+        (path / folder / "stray").touch()
+    with mock.patch.object(PrivateFolder, "remove", side_effect=PermissionError(errno.EPERM, "immutable")):
+        cache = CacheDir(path)
+    assert cache.open_image(KEY).path == known
+    assert cache.statistics().removed_files == 0
+    cache.close()
 
 
 def _missing(file: Path) -> None:
