@@ -102,7 +102,9 @@ class Mount:
         """Run `lazyimg mount` and wait for nothing."""
         assert self._process is None or self._process.poll() is not None
         environ = os.environ | {f"LAZYIMG_{key.upper()}": str(value) for key, value in self.config.items()}
-        command = [LAZYIMG, "mount", self.path, "--endpoint", self._endpoint]
+        command = [LAZYIMG, "mount", self.path]
+        for endpoint in self._endpoint.split():
+            command += ["--endpoint", endpoint]
         command += ["--cache-dir", self.cache_dir, "--control", self.control]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(

@@ -68,6 +68,10 @@ class FetchPlan:
         return bool(self._background)
 
     @property
+    def background_count(self) -> int:
+        return len(self._background)
+
+    @property
     def in_flight_count(self) -> int:
         return len(self._in_flight)
 

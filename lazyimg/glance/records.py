@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Mapping
 
-from lazyimg.core.identity import ImageRecord
+from lazyimg.core.identity import ImageRecord, is_image_id
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 SIZE_BYTES_MAX = (1 << 63) - 1
 # Glance's own columns hold 255 characters; the list of pages is told by its next link.
 TEXT_LENGTH_MAX = 4096
+# Values in one answer, guessed from its punctuation before it is parsed: a record has some 60, a page of the list
+# 250 records; of nothing but "[]," an answer of 8 MiB would become 200 MB.
+VALUES_MAX = 200_000
 
 # The API's own string fields; every other string is a property of the image's.
 _API_FIELDS = {"id", "name", "status", "visibility", "owner", "file", "schema", "self", "direct_url"} | {
@@ -31,6 +34,8 @@ class BadRecord(ValueError):
 
 def parse_json(body: bytes) -> Mapping[str, object]:
     """Return the JSON object.  Raises BadRecord."""
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > VALUES_MAX:
+        raise BadRecord(f"JSON of more than {VALUES_MAX} values")
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as exc:
@@ -43,9 +48,17 @@ def parse_json(body: bytes) -> Mapping[str, object]:
 
 def parse_record(fields: Mapping[str, object]) -> ImageRecord:
     """Return the record of one image.  Raises BadRecord naming the field."""
+    image_id = _required_text(fields, "id")
+    if not is_image_id(image_id):
+        # Names, paths and log lines are made of it.
+        raise BadRecord("id: not a UUID")
+    name = _text(fields, "name", is_word=False)
     return ImageRecord(
-        id=_required_text(fields, "id"),
-        name=_text(fields, "name"),
+        id=image_id,
+        # People choose names, terminals obey them: what would move a cursor or end a line is shown as a sign.
+        name=None
+        if name is None
+        else "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in name),
         status=_required_text(fields, "status"),
         size_bytes=_size(fields, "size"),
         disk_format=_text(fields, "disk_format"),
@@ -83,12 +96,13 @@ def parse_list(fields: Mapping[str, object]) -> tuple[list[ImageRecord], str | N
     return records, _text(fields, "next")
 
 
-def _text(fields: Mapping[str, object], name: str) -> str | None:
+def _text(fields: Mapping[str, object], name: str, *, is_word: bool = True) -> str | None:
+    """Return a field; is_word: errors and log lines may show it, so every character must be printable."""
     value = fields.get(name)
     if value is None:
         return None
-    if not isinstance(value, str) or not _is_text(value):
-        raise BadRecord(f"{name}: not a string of at most {TEXT_LENGTH_MAX} characters")
+    if not isinstance(value, str) or not _is_text(value) or (is_word and not value.isprintable()):
+        raise BadRecord(f"{name}: not a string of at most {TEXT_LENGTH_MAX} printable characters")
     return value
 
 

@@ -8,7 +8,7 @@ take them therefore fails no read.  Guards I3, I4 and I5.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -22,6 +22,7 @@ from lazyimg.errors import (
 )
 from lazyimg.image.arrivals import Arrivals
 from lazyimg.image.backoff import Backoff
+from lazyimg.image.flights import Flights
 from lazyimg.image.ladder import Ladder
 from lazyimg.image.slots import FlightSlots
 from lazyimg.image.source import Cutter, Glance, SourceKind
@@ -68,12 +69,11 @@ class Fetcher:
         self._writer = writer
         self._tables = tables
         self._slots = slots
-        self._nursery = nursery
         self._backoff = Backoff(image_id, retry_pause_max_s, glance.wait_recovered)
         self._plan = FetchPlan(request_bytes_max)
         self._wants = Wants(image_id, self._plan, view, read_timeout_s)
         self._arrivals = Arrivals(image_id, view, self._plan, self._wants, writer, tables, decoding, nursery)
-        self._flights: set[trio.CancelScope] = set()
+        self._flights = Flights(nursery)
         self.ladder = Ladder(image_id, glance)
         self._is_streaming = False
         # How far any stream has come.
@@ -83,7 +83,6 @@ class Fetcher:
         self._has_reader = False
         # Why Glance is not asked for bytes.
         self.refusal: LazyImgError | None = None
-        self._is_stopped = False
         self._requests = 0
         self._fetched_bytes = 0
 
@@ -94,9 +93,7 @@ class Fetcher:
 
     @property
     def is_idle(self) -> bool:
-        # A flight that is about to start is known by its pieces only, or by its being a stream.
-        is_flying = self._flights or self._plan.in_flight_count or self._is_streaming
-        return not is_flying and not self._wants and self._writer.is_idle
+        return not self._flights and not self._wants and self._writer.is_idle
 
     def statistics(self) -> FetchStatistics:
         """Return a snapshot of the counters."""
@@ -129,7 +126,7 @@ class Fetcher:
         itself says so, SourceDamaged where the source is not what its format allows.  Cancellation leaves the
         flights as they are.
         """
-        if self._is_stopped:
+        if self._flights.is_stopped:
             raise self._dropped()
         self._has_reader |= not for_lookup
         with self._wants.limit(chunks, urgent=urgent):
@@ -160,6 +157,7 @@ class Fetcher:
                 self._view.forget(chunk)
         for piece in self._wants.missing_pieces(urgent=False):
             self._want((piece,), urgent=False)
+        self._note_guesses()
 
     def refuse(self, reason: LazyImgError | None) -> None:
         """Fetch nothing any more, and tell so whoever waits; None: fetch again."""
@@ -171,11 +169,10 @@ class Fetcher:
 
     def stop(self) -> None:
         """End all flights; whoever still waits is told that the image was dropped."""
-        self._is_stopped = True
+        self._flights.stop()
         self._writer.stop()
-        for scope in self._flights:
-            scope.cancel()
         self._wants.fail(list(self._wants), self._dropped())
+        self._note_guesses()
 
     def _dropped(self) -> GlanceUnavailable:
         return GlanceUnavailable(f"image {self._image_id}: dropped from the cache; open it again")
@@ -188,9 +185,11 @@ class Fetcher:
             self._plan.want(pieces, urgent=urgent)
 
     def _want_ahead(self, chunks: Iterable[int]) -> None:
-        if self.refusal is not None:
+        # Guesses are the first to go: while readers wait for a slot, or Glance fails, and where many wait already.
+        if self.refusal is not None or self._slots.is_crowded or self._backoff.is_paused:
             return
         absent = [chunk for chunk in chunks if not self._writer.holds(chunk) and chunk not in self._wants]
+        absent = absent[: self._slots.guesses.room(self)]
         try:
             # A guess is not worth fetching tables for.
             if absent and not self._view.missing_tables(absent):
@@ -198,6 +197,10 @@ class Fetcher:
         except SourceDamaged:
             # Whoever reads there is told.
             return
+        self._note_guesses()
+
+    def _note_guesses(self) -> None:
+        self._slots.guesses.note(self, 0 if self._flights.is_stopped else self._plan.background_count)
 
     async def _fetch_mapped(
         self, chunks: Sequence[int], ahead: Iterable[int], *, urgent: bool
@@ -260,12 +263,12 @@ class Fetcher:
 
     def _pump(self) -> None:
         """Start the flights that may start now.  Synchronous, so that plan and slots agree."""
-        if self._backoff.is_paused or self._is_stopped:
+        if self._backoff.is_paused or self._flights.is_stopped:
             return
         if self.source == "stream":
             if self._wants and not self._is_streaming and self._take_slot(urgent=True):
                 self._is_streaming = True
-                self._nursery.start_soon(self._guarded, self._stream)
+                self._flights.start(self._stream)
             return
         for urgent in (True, False):
             while self._plan.has_urgent if urgent else self._plan.has_background:
@@ -273,22 +276,11 @@ class Fetcher:
                     break
                 request = self._plan.next_request(urgent=urgent)
                 assert request is not None
-                self._nursery.start_soon(self._guarded, self._fly, request)
+                self._flights.start(self._fly, request)
+        self._note_guesses()
 
     def _take_slot(self, *, urgent: bool) -> bool:
         return self._slots.take_nowait(urgent=urgent, when_free=self._pump, for_lookup=not self._has_reader)
-
-    async def _guarded(self, flight: Callable[..., Awaitable[None]], *args: object) -> None:
-        """Run a flight in a scope that `stop` can cancel."""
-        scope = trio.CancelScope()
-        if self._is_stopped:
-            scope.cancel()
-        self._flights.add(scope)
-        try:
-            with scope:
-                await flight(*args)
-        finally:
-            self._flights.discard(scope)
 
     # ── ranges ──
 

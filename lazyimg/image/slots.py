@@ -1,4 +1,4 @@
-"""Limits that all images share: flights at once, and bytes received but not yet written.
+"""Limits that all images share: flights at once, guesses waiting for one, and bytes received but not yet written.
 
 Guards I4: no background flight starts while an urgent want waits for a slot; I5; and I6: some slots are kept for
 lookups, so that an image whose bytes do not come keeps no other from being found.
@@ -10,6 +10,10 @@ from collections.abc import Callable
 
 import trio
 
+# Pieces wanted in the background and not yet in flight, above which a guess of read-ahead is not taken in: of one
+# image, as much as four of the widest requests, and of all together, some MB of memory.
+IMAGE_GUESSES_MAX = 512
+GUESSES_MAX = 4096
 # One in so many slots is for lookups alone; they need it rarely, for the first MiB of a new image.
 SLOTS_PER_LOOKUP_SLOT = 8
 
@@ -25,6 +29,12 @@ class FlightSlots:
         self._lookups_waiting: dict[Callable[[], None], None] = {}
         self._urgent_waiting: dict[Callable[[], None], None] = {}
         self._background_waiting: dict[Callable[[], None], None] = {}
+        self.guesses = Guesses()
+
+    @property
+    def is_crowded(self) -> bool:
+        """True while readers wait for a slot: nothing should be asked for then that nobody waits for."""
+        return bool(self._urgent_waiting)
 
     def take_nowait(self, *, urgent: bool, when_free: Callable[[], None], for_lookup: bool = False) -> bool:
         """Take a slot, or return False and call `when_free` once when it is worth trying again.
@@ -66,6 +76,24 @@ class FlightSlots:
         if not self._urgent_waiting and self._background_free:
             return self._background_waiting
         return self._urgent_waiting
+
+
+class Guesses:
+    """How many pieces all images want in the background."""
+
+    def __init__(self) -> None:
+        self._count_of: dict[object, int] = {}
+        self._total = 0
+
+    def note(self, image: object, count: int) -> None:
+        """An image wants so many now."""
+        self._total += count - self._count_of.pop(image, 0)
+        if count:
+            self._count_of[image] = count
+
+    def room(self, image: object) -> int:
+        """Return how many more this image may want."""
+        return max(0, min(IMAGE_GUESSES_MAX - self._count_of.get(image, 0), GUESSES_MAX - self._total))
 
 
 class ByteBudget:

@@ -5,8 +5,9 @@ Expected of each: a typed error; never a byte too many or out of place; and the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -325,6 +326,61 @@ async def test_hostile_record_is_a_passing_fault(scripted: Scripted, body: bytes
     client = await scripted(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
     with pytest.raises(GlanceUnavailable, match="image x"):
         await client.image("x")
+
+
+ENDLESS = [
+    # Bodies, of a record and of a refusal; headers; and interim answers without the one that counts (RFC 9110 §15.2).
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1000\r\n" + b" " * 4096 + b"\r\n"),
+    (b"HTTP/1.1 418 No\r\nTransfer-Encoding: chunked\r\n\r\n", b"1000\r\n" + b"x" * 4096 + b"\r\n"),
+    (b"HTTP/1.1 200 OK\r\n", b"X-Flood: " + b"y" * 4000 + b"\r\n"),
+    (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("beginning", "again"), ENDLESS)
+async def test_answer_without_end_ends(nursery: trio.Nursery, beginning: bytes, again: bytes) -> None:
+    """[I5] Whatever a server sends for ever is cut at a limit of bytes or time."""
+    sent_bytes = 0
+
+    async def flood(stream: trio.SocketStream) -> None:
+        nonlocal sent_bytes
+        with suppress(trio.BrokenResourceError):
+            async with stream:
+                await stream.receive_some()
+                await stream.send_all(beginning)
+                while True:
+                    await stream.send_all(again)
+                    sent_bytes += len(again)
+
+    listeners = await nursery.start(partial(trio.serve_tcp, flood, 0, host="127.0.0.1"))
+    url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+    async with aclosing(make_client(url, first_byte_timeout_s=1)) as client:
+        with trio.fail_after(30), pytest.raises(GlanceUnavailable, match="image x"):
+            await client.image("x")
+    # What the kernel and httpcore hold is beyond ours; a few MB at most.
+    assert sent_bytes < 16 << 20 or not beginning
+
+
+async def test_next_page_is_asked_where_the_first_was(here: Here, nursery: trio.Nursery) -> None:
+    """A `next` that names another host leads to our own endpoint: no token goes elsewhere."""
+    other = EmbeddedGlance(here.glance.folder.parent / "other")
+    other_url = await nursery.start(partial(serve, other))
+    asked: list[bytes] = []
+
+    async def answer(stream: trio.SocketStream) -> None:
+        async with stream:
+            while request := await stream.receive_some():
+                asked.append(request.split(b" ")[1])
+                following = {} if b"marker" in request else {"next": f"{other_url}/v2/images?marker=m"}
+                body = json.dumps({"images": []} | following).encode()
+                await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+    listeners = await nursery.start(partial(trio.serve_tcp, answer, 0, host="127.0.0.1"))
+    async with aclosing(make_client(f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}")) as client:
+        assert await client.list_images() == []
+    assert asked.count(b"/v2/images?marker=m") >= 1
+    assert not other.requests
 
 
 async def test_list_that_leads_in_a_circle_ends(scripted: Scripted) -> None:

@@ -3,7 +3,8 @@
 Expected each time:
 
     short body, reset, stall        what arrived is kept, the rest is asked again
-    204, 500, 503, 401, redirect    asked again, after Retry-After where it is short
+    204, 500, 503, 429, 401         asked again, after Retry-After (seconds or a date) where it is short
+    redirect, wherever to           asked again where it was, never followed
     whole body as 200 or 206        asked again; three in a row: the image is read as a stream
     wrong Content-Range             asked again, no byte of it is used
     400 "not supported"             the image is read as a stream
@@ -45,7 +46,13 @@ FAULTS: dict[str, dict[str, Any]] = {
     "403": {"action": "status", "status": 403},
     "404": {"action": "status", "status": 404},
     "429": {"action": "status", "status": 429},
+    "429 until a date": {
+        "action": "status",
+        "status": 429,
+        "headers": {"Retry-After": "Fri, 31 Dec 2099 23:59:59 GMT"},
+    },
     "redirect": {"action": "redirect", "location": AWAY},
+    "redirect to itself": {"action": "redirect", "location": "/v2/images"},
 }
 
 
@@ -145,7 +152,35 @@ def test_outage_ends_by_itself_while_nobody_reads(
     wait_until(lambda: not is_decided(path) and mount.status()["glance"]["is_down"], "the breaker")
     glance.start()
     wait_until(lambda: not mount.status()["glance"]["is_down"], "a probe", 20)
+    wait_until(lambda: is_decided(path), "the name", 20)
     assert path.read_bytes() == image.content
+
+
+def test_another_endpoint_is_good(
+    make_mount: Callable[..., Mount], make_glance: Callable[..., ServedGlance], tmp_path: Path
+) -> None:
+    """[I1] The first endpoint goes away: the second serves its readers, and the first is used when it is back."""
+    first = make_glance()
+    image = first.add(32 * MIB)
+    # The same images behind another port.
+    second = ServedGlance(tmp_path / "glance0")
+    try:
+        mount = make_mount(f"{first.url} {second.url}")
+        assert read_direct(mount.path_of(image), 0, MIB) == image.content[:MIB]
+        first.stop()
+        for start in range(2 * MIB, 8 * MIB, MIB):
+            assert mount.read_later(image, start, MIB).result(10) == image.content[start : start + MIB]
+        said = mount.status()["glance"]
+        assert not said["is_down"]
+        assert said["endpoints"][0]["state"] in ("open", "half-open")
+        assert said["endpoints"][1]["state"] == "closed"
+        first.start()
+        wait_until(lambda: mount.status()["glance"]["endpoints"][0]["state"] == "closed", "a probe", 30)
+        asked = len(first.data_requests(image))
+        assert read_direct(mount.path_of(image), 30 * MIB, MIB) == image.content[30 * MIB : 31 * MIB]
+        assert len(first.data_requests(image)) > asked
+    finally:
+        second.stop()
 
 
 def test_read_over_its_limit_fails_and_the_next_tries_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -18,6 +19,7 @@ from lazyimg.errors import (
     RangesNotSupported,
     WholeBody,
 )
+from lazyimg.glance.client import LIST_PAGE_IMAGES
 from lazyimg.glance.records import BadRecord, parse_json, parse_list, parse_record
 from lazyimg.glance.replies import RETRY_AFTER_S_MAX, check_range, check_stream, refusal
 
@@ -143,7 +145,8 @@ def test_retry_after_is_seconds_or_a_date() -> None:
     assert asked("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
-FIELDS = {"id": "i", "status": "active", "size": 5, "name": "n", "disk_format": "raw"}
+FIRST, SECOND = (f"00000000-0000-4000-8000-00000000000{number}" for number in (1, 2))
+FIELDS = {"id": FIRST, "status": "active", "size": 5, "name": "n", "disk_format": "raw"}
 
 
 def test_record_keeps_only_string_properties() -> None:
@@ -157,6 +160,8 @@ def test_record_keeps_only_string_properties() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("id", "i"), ("id", "../../etc/passwd"), ("id", FIRST + "\n"), ("id", FIRST.replace("-", "")),
+        ("status", "active\n"), ("disk_format", "raw\x1b[2J"), ("checksum", "\x00"), ("name", "\udcff"),
         ("id", None), ("id", ""), ("id", 3), ("id", "\ud800"), ("id", "i" * 5000), ("status", None),
         ("size", -1), ("size", True), ("size", 1.0), ("size", "5"), ("size", 1 << 63), ("virtual_size", []),
         ("min_disk", "1"), ("name", {}), ("os_hash_value", 1), ("checksum", []), ("disk_format", False),
@@ -169,23 +174,53 @@ def test_field_of_another_type_is_named(field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"size": ' + b"9" * 5000 + b"}"]
-)
+    "body", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"size": ' + b"9" * 5000 + b"}",
+     b'{"images": [' + b"[]," * 1_000_000 + b"[]]}", b'{"a":' * 100_000, b'{"a": NaN, "b": ' + b'{"c":[' * 500]
+)  # fmt: skip
 def test_what_is_no_json_object_is_refused(body: bytes) -> None:
     """Empty, cut, of another type, nested without end, or a number without end."""
     with pytest.raises(BadRecord):
         parse_json(body)
 
 
+def test_answer_of_many_values_costs_no_memory() -> None:
+    """[I5] Eight megabytes of brackets would become two hundred; they are counted before they are parsed."""
+    body = b'{"images": [' + b"[]," * 2_700_000 + b"[]]}"
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadRecord, match="more than 200000 values"):
+            parse_json(body)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 1 << 20
+
+
+def test_largest_page_of_real_records_is_no_flood() -> None:
+    """A page as large as we ask for, with records of many properties, is far below the limit."""
+    record = FIELDS | {f"property_{number}": "a, b, [c], {d}" for number in range(60)}
+    body = json.dumps({"images": [record] * LIST_PAGE_IMAGES}).encode()
+    assert len(parse_list(parse_json(body))[0]) == LIST_PAGE_IMAGES
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("a\nb", "a\ufffdb"), ("\x1b[2Jx", "\ufffd[2Jx"), ("\u202eabc", "\ufffdabc"), ("Ünï", "Ünï")],
+)
+def test_name_that_would_move_a_terminal_is_shown_as_signs(name: str, shown: str) -> None:
+    """Line ends, escapes and what turns the direction of writing; a name is people's own and hides no image."""
+    assert parse_record(FIELDS | {"name": name}).name == shown
+
+
 def test_bad_record_does_not_hide_the_others(expected_warnings: Callable[..., None]) -> None:
     """It is left out of the list with a warning."""
     expected_warnings("left out: size", "left out: a JSON str")
     page = {
-        "images": [FIELDS, FIELDS | {"size": "5"}, "x", FIELDS | {"id": "j"}],
+        "images": [FIELDS, FIELDS | {"size": "5"}, "x", FIELDS | {"id": SECOND}],
         "next": "/v2/images?marker=j",
     }
     records, following = parse_list(parse_json(json.dumps(page).encode()))
-    assert [record.id for record in records] == ["i", "j"]
+    assert [record.id for record in records] == [FIRST, SECOND]
     assert following == "/v2/images?marker=j"
 
 

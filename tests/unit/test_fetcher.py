@@ -10,6 +10,7 @@ import trio
 from image_fakes import ImageRig, Reader, Reply, chunk_bytes
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+import lazyimg.image.slots as slots_module
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES as CHUNK
 from lazyimg.errors import (
     GlanceUnavailable,
@@ -194,6 +195,63 @@ async def test_budget_bounds_what_is_received_and_not_written(cache: CacheDir, n
 
 
 # ── the end ──
+
+
+async def test_guesses_are_shed_while_readers_wait(
+    rig: ImageRig, fetcher: Fetcher, nursery: trio.Nursery
+) -> None:
+    """[I4] With readers waiting for a slot nothing is wanted ahead; what is asked for is what they need."""
+    gate = trio.Event()
+    rig.glance.replies.extend(Reply(gate=gate) for _ in range(5))
+    readers = [Reader(nursery, fetcher, chunk) for chunk in (0, 4, 8, 12, 16)]
+    await wait_all_tasks_blocked()
+    assert rig.slots.is_crowded
+    late = trio.CancelScope()
+
+    async def read_ahead() -> None:
+        with late:
+            await fetcher.fetch([20], ahead=range(21, 30))
+
+    nursery.start_soon(read_ahead)
+    fetcher.want_background(range(30, 40))
+    await wait_all_tasks_blocked()
+    gate.set()
+    await wait_all_tasks_blocked()
+    await fetcher.wait_written()
+    assert all(reader.got for reader in readers)
+    assert {start // CHUNK for start, _ in rig.glance.ranges} == {0, 4, 8, 12, 16, 20}
+    assert max(stop - start for start, stop in rig.glance.ranges) == CHUNK
+    assert fetcher.is_idle
+
+
+async def test_guesses_of_one_image_are_limited(
+    cache: CacheDir, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[I5] Read-ahead that does not get a slot is forgotten above a limit, and may be asked for again later."""
+    monkeypatch.setattr(slots_module, "IMAGE_GUESSES_MAX", 32)
+    rig = ImageRig(cache, nursery, background_requests_max=1, request_bytes_max=CHUNK)
+    fetcher = rig.add(1, 64 * CHUNK).fetcher
+    gate = trio.Event()
+    rig.glance.replies.append(Reply(gate=gate))
+    for start in range(0, 64, 16):
+        fetcher.want_background(range(start, start + 16))
+    await wait_all_tasks_blocked()
+    assert rig.slots.guesses.room(fetcher) == 0
+    gate.set()
+    while not fetcher.is_idle:
+        await wait_all_tasks_blocked(0.001)
+        await fetcher.wait_written()
+    assert 32 <= len(rig.glance.ranges) <= 48
+    assert rig.slots.guesses.room(fetcher) == 32
+
+
+async def test_flight_counts_from_the_moment_it_is_started(rig: ImageRig, fetcher: Fetcher) -> None:
+    """A fetcher whose flight has not run yet is not idle: its image must not be dropped."""
+    fetcher.want_background([3])
+    assert not fetcher.is_idle
+    await wait_all_tasks_blocked()
+    await fetcher.wait_written()
+    assert fetcher.is_idle
 
 
 async def test_stopped_fetcher_tells_its_readers(

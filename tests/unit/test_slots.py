@@ -7,7 +7,7 @@ from collections.abc import Callable
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from lazyimg.image.slots import ByteBudget, FlightSlots
+from lazyimg.image.slots import GUESSES_MAX, IMAGE_GUESSES_MAX, ByteBudget, FlightSlots, Guesses
 
 
 class Image:
@@ -211,3 +211,33 @@ def test_lookup_that_waits_is_served_before_reads_that_wait() -> None:
     assert served == ["lookup"], "what is free now is kept for lookups"
     slots.give_back(urgent=True)
     assert served == ["lookup", "read"]
+
+
+def test_guesses_are_limited_for_each_image_and_for_all() -> None:
+    """[I5] What is wanted in the background has a limit of its own, and leaves room when it goes."""
+    guesses = Guesses()
+    guesses.note("a", 500)
+    assert guesses.room("a") == IMAGE_GUESSES_MAX - 500
+    assert guesses.room("b") == IMAGE_GUESSES_MAX
+    for number in range(GUESSES_MAX // IMAGE_GUESSES_MAX):
+        guesses.note(number, IMAGE_GUESSES_MAX)
+    assert guesses.room("b") == 0
+    guesses.note("a", 0)
+    guesses.note(0, 500)
+    assert guesses.room("b") == 12
+    assert guesses.room(0) == 12
+    # Work that somebody waits for may be more.
+    guesses.note("a", 10_000)
+    assert guesses.room("b") == 0
+
+
+def test_slots_are_crowded_while_a_reader_waits_for_one() -> None:
+    """Background work that waits crowds nobody."""
+    slots = FlightSlots(1, 1)
+    fill(slots, urgent=True, count=1)
+    assert not slots.take_nowait(urgent=False, when_free=lambda: None)
+    assert not slots.is_crowded
+    assert not slots.take_nowait(urgent=True, when_free=lambda: None)
+    assert slots.is_crowded
+    slots.give_back(urgent=True)
+    assert not slots.is_crowded
