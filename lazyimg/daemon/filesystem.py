@@ -24,6 +24,7 @@ from lazyimg.daemon.attributes import statistics_data, upper_attributes
 from lazyimg.daemon.inflight import InFlight
 from lazyimg.daemon.lazyfiles import LazyFiles
 from lazyimg.daemon.upper import INODE_BIT, ROOT_INODE, Caller, Change, Upper
+from lazyimg.daemon.uppertrouble import UpperTrouble
 from lazyimg.errors import (
     ChunkAbsent,
     ChunkDamaged,
@@ -117,6 +118,7 @@ class Filesystem(pyfuse3.Operations):
         self._images = lazy.images
         self._upper = upper
         self._upper_limiter = upper_limiter
+        self._upper_trouble = UpperTrouble()
         self._take_over = take_over
         self.in_flight = InFlight(lazy.images)
         self._after_answers = after_answers
@@ -395,7 +397,12 @@ class Filesystem(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EEXIST)
 
     async def _in_upper(self, function: Callable[..., T], *args: object) -> T:
-        return await trio.to_thread.run_sync(function, *args, limiter=self._upper_limiter)
+        try:
+            return await trio.to_thread.run_sync(function, *args, limiter=self._upper_limiter)
+        except OSError as exc:
+            called = function.func if isinstance(function, functools.partial) else function
+            self._upper_trouble.note(called.__name__, exc)
+            raise
 
 
 def _is_upper(inode: int) -> bool:

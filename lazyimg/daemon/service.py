@@ -47,6 +47,7 @@ from lazyimg.image.slots import ByteBudget, FlightSlots
 from lazyimg.image.sourcecheck import SourceCheck
 from lazyimg.image.space import CacheSpace
 from lazyimg.image.unstored import Unstored
+from lazyimg.image.viewchange import refuse_change
 from lazyimg.logs import WINDOW_S, LimitedHandler, set_up_logging
 from lazyimg.store.cachedir import CacheDir
 
@@ -125,6 +126,7 @@ async def _serve(
     config = handover.config
     cache = CacheDir(config.cache_dir, files_max=config.open_files_max)
     try:
+        refuse_change(cache.index.entries(), config.view)
         glance = make_glance(config, make_auth(config))
         disk = DiskHealth(cache.path, cache.probe, timeout_s=config.disk_timeout)
         shared = _make_shared(config, disk)

@@ -183,3 +183,24 @@ def test_lie_about_a_table_harms_nobody(raw_mount: Mount, glance: ServedGlance) 
         start = chunk * CHUNK
         found = raw_mount.read_later(image, start, CHUNK).result(60)
         assert found == one.read(start, start + CHUNK)
+
+
+def test_view_is_not_changed_under_an_image_in_use(
+    make_mount: Callable[..., Mount], glance: ServedGlance, tmp_path: Path, require: Callable[..., None]
+) -> None:
+    """[I1] With a qcow2 image in use the other view is refused at start; once its name is removed there it is taken."""
+    require("qemu-img")
+    image = glance.add(plain(tmp_path), disk_format="qcow2")
+    before = make_mount(glance, view="raw")
+    before.path_of(image).read_bytes()
+    assert before.stop() == 0
+    refused = make_mount(glance, "refused", start=False, view="stored", cache_dir=before.cache_dir)
+    refused.launch()
+    assert refused.wait_ended() == 2
+    assert "config key 'view': these images are in use here with view = 'raw'" in refused.log()
+    assert image.id in refused.log()
+    before.start()
+    before.path_of(image).unlink()
+    assert before.stop() == 0
+    after = make_mount(glance, "after", view="stored", cache_dir=before.cache_dir)
+    assert after.path_of(image).read_bytes() == image.content

@@ -39,13 +39,14 @@ def mount_on(make_mount: Callable[..., Mount], glance: ServedGlance) -> Callable
 
 
 def test_full_disk_is_told_and_forgotten(small_disk: Path, mount_on: Callable[[], Mount]) -> None:
-    """A write that the disk has no room for says ENOSPC, and room made is room had."""
-    mount_on()
+    """A write that the disk has no room for says ENOSPC, in the log too, and room made is room had."""
+    mount = mount_on()
     path = small_disk / "large"
     with path.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         # Short writes first, then an error.
         [file.write(bytes(MIB)) for _ in range(8)]
     assert 3 * MIB < path.stat().st_size <= 4 * MIB
+    assert mount.log().count("beneath the mount: write: No space left on device") == 1
     path.unlink()
     small = small_disk / "small"
 
@@ -170,3 +171,33 @@ def test_what_cannot_be_is_answered_as_unsupported(mounted: Mount) -> None:
     finally:
         os.close(fd)
     assert path.stat().st_size == 10_000
+
+
+def test_folder_replaced_under_the_mount_is_the_one_that_was_mounted_over(
+    make_mount: Callable[..., Mount], glance: ServedGlance, tmp_path: Path
+) -> None:
+    """What is put over the upper folder beneath the mount changes nothing; to move it away is EBUSY."""
+    if os.geteuid() != 0:
+        pytest.skip("requires: root, to look beneath the mount")
+    image = glance.add(MIB)
+    mount = make_mount(glance, start=False)
+    (mount.path / "kept").write_bytes(b"kept")
+    beneath = tmp_path / "beneath"
+    beneath.mkdir()
+    subprocess.run(["mount", "--bind", str(mount.path.parent), str(beneath)], check=True)
+    folder = beneath / mount.path.name
+    try:
+        mount.start()
+        with pytest.raises(OSError, match="busy"):
+            folder.rename(beneath / "moved")
+        with os.scandir(folder) as original:
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], check=True)
+            (folder / "false").write_bytes(b"false")
+            assert os.listdir(mount.path) == ["kept"]
+            (mount.path / "made").write_bytes(b"made")
+            assert mount.path_of(image).read_bytes() == image.content
+            assert os.listdir(folder) == ["false"]
+            assert {entry.name for entry in original} == {"kept", "made"}
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
+        subprocess.run(["umount", "-l", str(beneath)], check=True)

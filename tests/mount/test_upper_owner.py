@@ -146,6 +146,21 @@ result = [before, owned("file")[2]]
     assert run_as(folder, program) == ["0o6777", "0o777"]
 
 
+def test_only_who_may_sets_an_images_time(mounted: Mount, glance: ServedGlance) -> None:
+    """utime on an image, as on any file: EACCES or EPERM for others than its owner, who may."""
+    if os.geteuid() != 0:
+        pytest.skip("requires: root, to act as others")
+    image = glance.add(1000)
+    before = mounted.path_of(image).stat().st_mtime_ns
+    name = repr(image.base_name)
+    program = f"result = [attempt(os.utime, {name}), attempt(os.utime, {name}, (1, 1))]"
+    assert run_as(mounted.path, program) == ["EACCES", "EPERM"]
+    assert mounted.path_of(image).stat().st_mtime_ns == before
+    owner = mounted.path_of(image).stat()
+    assert run_as(mounted.path, program, uid=owner.st_uid, gid=owner.st_gid) == [None, None]
+    assert mounted.path_of(image).stat().st_mtime_ns == 10**9
+
+
 def test_images_are_owned_as_configured(make_mount: Callable[..., Mount], glance: ServedGlance) -> None:
     """Images show the owner of the folder beneath and 0644, or what the configuration says."""
     image = glance.add(1000)
