@@ -28,10 +28,9 @@ from lazyimg.image.decisions import Decisions, Refusals
 from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.eviction import Eviction
 from lazyimg.image.lazyimage import LazyImage, SourceHash
-from lazyimg.image.listing import Listing
+from lazyimg.image.listing import Listing, Records
 from lazyimg.image.maker import Maker
 from lazyimg.image.openimages import FetchTotals, OpenImages
-from lazyimg.image.reachability import Records, WatchedGlance
 from lazyimg.image.states import CHANGED, JUDGING, States
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
@@ -60,8 +59,8 @@ class Catalog:
         open_files_max: int,
         handles: Mapping[int, int] | None = None,
     ) -> None:
-        self._glance = WatchedGlance(glance, nursery)
-        self._listing = Listing(self._glance)
+        self._glance = glance
+        self._listing = Listing(glance)
         self._cache = cache
         self._disk = disk
         self._maker = maker
@@ -92,7 +91,6 @@ class Catalog:
         self._decisions = Decisions(
             nursery,
             self._decide,
-            lambda: self._glance.is_known_down,
             lookup_timeout_s=lookup_timeout_s,
             negative_ttl_s=negative_ttl_s,
         )

@@ -44,19 +44,16 @@ class Decisions:
         self,
         nursery: trio.Nursery,
         decide: Callable[[str], Awaitable[LazyImage]],
-        is_known_down: Callable[[], bool],
         *,
         lookup_timeout_s: float,
         negative_ttl_s: float,
     ) -> None:
         """Begin with none.
 
-        decide: returns the image of a name; raises ImageNotFound or ImageRefused if none is shown.  is_known_down:
-        whether it is known that Glance will not answer; then nobody waits.
+        decide: returns the image of a name; raises ImageNotFound or ImageRefused if none is shown.
         """
         self._nursery = nursery
         self._decide = decide
-        self._is_known_down = is_known_down
         self._lookup_timeout_s = lookup_timeout_s
         self._negative_ttl_s = negative_ttl_s
         self._running: dict[str, _Decision] = {}
@@ -80,8 +77,6 @@ class Decisions:
         if decision is None:
             decision = self._running[name] = _Decision()
             self._nursery.start_soon(self._run, name, decision)
-        if self._is_known_down():
-            raise LookupUndecided(f"{name}: Glance does not answer; look it up again")
         # All who wait at once share one limit: a folder's lock is held while any of them does.
         now = trio.current_time()
         is_over = now >= self._deadline

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from lazyimg.core.identity import ImageRecord
 from lazyimg.errors import ImageForbidden, ImageNotFound, ImageRefused, LazyImgError
+from lazyimg.image.listing import Records
 from lazyimg.image.openimages import OpenImages
-from lazyimg.image.reachability import Records
 from lazyimg.image.states import KEPT, QUARANTINED, States
 from lazyimg.store.entry import ImageEntry
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import trio
 
 from lazyimg.core.identity import ImageRecord
 from lazyimg.errors import GlanceUnavailable, ImageNotFound
-from lazyimg.image.reachability import Records
+
+
+class Records(Protocol):
+    """The part of Glance that a lookup may wait for."""
+
+    async def image(self, image_id: str) -> ImageRecord: ...
+
+    async def list_images(self) -> list[ImageRecord]: ...
 
 
 class Listing:

@@ -13,7 +13,7 @@ import trio
 
 from lazyimg.core.identity import ImageRecord
 from lazyimg.errors import ImageForbidden, ImageNotFound, LazyImgError
-from lazyimg.image.reachability import Records
+from lazyimg.image.listing import Records
 from lazyimg.image.states import ACTIVE
 from lazyimg.store.entry import ImageEntry
 

@@ -11,11 +11,10 @@ from image_fakes import ImageRig
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from lazyimg.core.identity import base_name
-from lazyimg.errors import GlanceUnavailable, ImageNotFound, LookupUndecided
+from lazyimg.errors import GlanceUnavailable, LookupUndecided
 from lazyimg.image import decisions
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.decisions import REST_S
-from lazyimg.image.reachability import PROBE_INTERVAL_S, UNANSWERED_MAX
 from lazyimg.store.cachedir import CacheDir
 
 DOWN = GlanceUnavailable("Glance is down")
@@ -44,60 +43,6 @@ async def undecided(catalog: Catalog, name: str) -> float:
     with pytest.raises(LookupUndecided):
         await catalog.lookup(name)
     return trio.current_time() - began
-
-
-async def make_known_down(rig: ImageRig, catalog: Catalog) -> None:
-    """Let so many lookups fail that Glance is known to be down; from then on it answers nothing at all."""
-    rig.glance.image_error = rig.glance.list_error = DOWN
-    for number in range(UNANSWERED_MAX):
-        await undecided(catalog, image_id(900 + number))
-    # The last of them may have been answered before it was asked about.
-    await wait_all_tasks_blocked()
-
-
-async def test_nobody_waits_for_glance_that_is_known_to_be_down(
-    rig: ImageRig, catalog: Catalog, autojump_clock: MockClock
-) -> None:
-    """[I6] After three attempts without an answer a lookup is undecided at once, and is asked about all the same."""
-    rig.glance.image_gate = trio.Event()
-    assert await undecided(catalog, image_id(1)) == pytest.approx(LOOKUP_TIMEOUT_S)
-    rig.glance.image_gate.set()
-    await make_known_down(rig, catalog)
-    rig.glance.image_gate = trio.Event()
-    asked = len(rig.glance.image_calls)
-    assert await undecided(catalog, image_id(1)) == 0
-    await wait_all_tasks_blocked()
-    assert len(rig.glance.image_calls) == asked + 1
-
-
-async def test_answer_of_any_kind_ends_that(
-    rig: ImageRig, catalog: Catalog, autojump_clock: MockClock
-) -> None:
-    """Glance that says "no such image" is not down; two attempts without an answer do not make it so either."""
-    for _ in range(3):
-        rig.glance.image_error = DOWN
-        for number in range(UNANSWERED_MAX - 1):
-            await undecided(catalog, image_id(number))
-        rig.glance.image_error = ImageNotFound("no such image")
-        assert await catalog.lookup(image_id(100)) is None
-        await trio.sleep(10)
-    rig.glance.image_error, rig.glance.image_gate = None, trio.Event()
-    assert await undecided(catalog, image_id(7)) == pytest.approx(LOOKUP_TIMEOUT_S)
-
-
-async def test_recovery_is_noticed_without_a_lookup(
-    rig: ImageRig, catalog: Catalog, autojump_clock: MockClock
-) -> None:
-    """Glance that is down is asked now and then, so that the first lookup after it is back is answered."""
-    await make_known_down(rig, catalog)
-    await trio.sleep(20 * PROBE_INTERVAL_S)
-    assert 15 < rig.glance.list_calls < 25
-    rig.glance.image_error = rig.glance.list_error = None
-    await trio.sleep(PROBE_INTERVAL_S + 1)
-    calls = rig.glance.list_calls
-    assert await catalog.lookup(image_id(1)) is None
-    await trio.sleep(10 * PROBE_INTERVAL_S)
-    assert rig.glance.list_calls == calls, "nobody asks any more"
 
 
 async def test_list_that_failed_failed_for_all_who_waited(
