@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import trio
@@ -44,7 +45,8 @@ def raw_maker(rig: ImageRig, *, request_bytes_max: int = MIB) -> ImageMaker:
 
 def add_qcow2(rig: ImageRig, number: int, source: bytes) -> ImageRecord:
     """Upload a qcow2 and give it an entry here, nothing of it present."""
-    record = rig.glance.add(number, len(source), disk_format="qcow2")
+    digest = hashlib.sha512(source).hexdigest()
+    record = rig.glance.add(number, len(source), disk_format="qcow2", os_hash_value=digest)
     rig.glance.contents[record.id] = lambda start, stop: source[start:stop]
     size_bytes = parse_header(source, len(source)).virtual_size_bytes
     entry = replace(image_entry(number, len(source)), record=record, view="raw", size_bytes=size_bytes)

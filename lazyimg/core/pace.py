@@ -10,13 +10,13 @@ class Pace:
     """
 
     def __init__(self, bytes_per_s: int) -> None:
-        self._bytes_per_s = bytes_per_s
+        self.bytes_per_s = bytes_per_s
         self._paid_at_s = float("-inf")
 
     def spend(self, size_bytes: int, now_s: float) -> None:
         """Note what was just spent.  Time that went by unused is not saved up: there are no bursts."""
-        if self._bytes_per_s:
-            self._paid_at_s = max(self._paid_at_s, now_s) + size_bytes / self._bytes_per_s
+        if self.bytes_per_s:
+            self._paid_at_s = max(self._paid_at_s, now_s) + size_bytes / self.bytes_per_s
 
     def wait_s(self, now_s: float) -> float:
         """Return how long to wait before anything is spent again."""

@@ -19,6 +19,7 @@ from pathlib import Path
 import trio
 
 from lazyimg.config import Config, host_and_port
+from lazyimg.core.pace import Pace
 from lazyimg.daemon import handshake, mountpoint
 from lazyimg.daemon.answers import Answers
 from lazyimg.daemon.dump import dump_on_signal
@@ -44,7 +45,7 @@ from lazyimg.image.hydrator import Hydrator
 from lazyimg.image.maker import FetchLimits, ImageMaker, Shared
 from lazyimg.image.recordwatch import RecordWatch
 from lazyimg.image.slots import ByteBudget, FlightSlots
-from lazyimg.image.sourcecheck import SourceCheck
+from lazyimg.image.sourcecheck import Source, SourceCheck
 from lazyimg.image.space import CacheSpace
 from lazyimg.image.unstored import Unstored
 from lazyimg.image.viewchange import refuse_change
@@ -176,12 +177,13 @@ async def _serve(
             nursery.start_soon(_again_after_faults, _commit_now_and_then, catalog)
             nursery.start_soon(_again_after_faults, glance.keep_probing)
             nursery.start_soon(_again_after_faults, watch.run, catalog)
-            check = SourceCheck(catalog, disk, trio.CapacityLimiter(1), bytes_per_s=config.hash_rate)
+            # What hydration fetches and what it is compared with are paid for together.
+            pace = Pace(config.hydrate_rate)
+            source = Source(glance, shared.slots, pace) if config.hydrate else None
+            check = SourceCheck(catalog, disk, trio.CapacityLimiter(1), source, bytes_per_s=config.hash_rate)
             nursery.start_soon(_again_after_faults, check.run)
             if config.hydrate:
-                hydrator = Hydrator(
-                    catalog, space, delay_s=config.hydrate_delay, bytes_per_s=config.hydrate_rate
-                )
+                hydrator = Hydrator(catalog, space, disk, pace, delay_s=config.hydrate_delay)
                 nursery.start_soon(_again_after_faults, hydrator.run)
             nursery.start_soon(_unmount_on_signals, handover.mountpoint)
             upper = Upper(fds["upper"], handles, store)

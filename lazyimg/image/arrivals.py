@@ -58,6 +58,10 @@ class Arrivals:
         self._nursery = nursery
         # Came damaged once and somebody waits for them.
         self._doubted: set[Piece] = set()
+        # Calls whose zeros are on their way to the writer.
+        self._zeros_count = 0
+        self._no_zeros = trio.Event()
+        self._no_zeros.set()
 
     async def take(self, arrived: Sequence[tuple[Piece, bytes]]) -> list[Piece]:
         """Take over pieces that came together; each is in flight until its chunks are on file or given up.
@@ -87,12 +91,24 @@ class Arrivals:
         ranges = ((chunk, chunk_range(chunk, self._view.size_bytes)) for chunk in chunks)
         zeros = {chunk: _ZEROS[: stop - start] for chunk, (start, stop) in ranges}
         if zeros:
+            if not self._zeros_count:
+                self._no_zeros = trio.Event()
+            self._zeros_count += 1
             self._nursery.start_soon(self._put_zeros, zeros)
         return zeros
 
+    async def wait_no_zeros(self) -> None:
+        """Wait until the writer has all that `take_zeros` returned."""
+        await self._no_zeros.wait()
+
     async def _put_zeros(self, zeros: Mapping[int, bytes]) -> None:
-        for one in zeros.items():
-            await self._writer.put([one], when_done=lambda: None)
+        try:
+            for one in zeros.items():
+                await self._writer.put([one], when_done=lambda: None)
+        finally:
+            self._zeros_count -= 1
+            if not self._zeros_count:
+                self._no_zeros.set()
 
     def _take_table(self, piece: Piece, data: bytes) -> None:
         self._view.give_table(piece, data)

@@ -141,6 +141,7 @@ class Fetcher:
 
     async def wait_written(self) -> None:
         """Wait until all that has arrived is on file or given up."""
+        await self._arrivals.wait_no_zeros()
         await self._writer.wait_idle()
 
     def want_background(self, chunks: Iterable[int]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import trio
@@ -36,6 +37,14 @@ PROPERTY = "lazyimg_hydrate"
 OFF = frozenset({"false", "no", "off", "0"})
 
 
+@dataclass(frozen=True, slots=True)
+class _SetAside:
+    """How often in a row an image brought nothing, and until when it makes way for the others."""
+
+    count: int = 0
+    until_s: float = float("-inf")
+
+
 class HeldImages(Protocol):
     """What the hydrator needs of the catalog."""
 
@@ -54,21 +63,30 @@ class Room(Protocol):
         """True while nothing is stored."""
 
 
+class Disk(Protocol):
+    """What the hydrator needs of the cache's disk."""
+
+    @property
+    def may_write(self) -> bool:
+        """False while it is bypassed."""
+
+
 class Hydrator:
     """The background work of a daemon that makes its images whole."""
 
-    def __init__(self, images: HeldImages, room: Room, *, delay_s: float, bytes_per_s: int) -> None:
-        """delay_s: from an image's last urgent want.  bytes_per_s: fetched for all images together, 0 for no limit."""
+    def __init__(self, images: HeldImages, room: Room, disk: Disk, pace: Pace, *, delay_s: float) -> None:
+        """delay_s: from an image's last urgent want.  pace: of what is fetched for all images together."""
         self._images = images
         self._room = room
+        self._disk = disk
         self._delay_s = delay_s
-        self._pace = Pace(bytes_per_s)
+        self._pace = pace
         # No more than a second's worth: a rate is no leave for bursts.
-        second_bytes = max(bytes_per_s, STEP_BYTES_MIN) if bytes_per_s else STEP_BYTES_MAX
+        second_bytes = max(pace.bytes_per_s, STEP_BYTES_MIN) if pace.bytes_per_s else STEP_BYTES_MAX
         self._step_bytes_max = min(STEP_BYTES_MAX, second_bytes)
         self._step_bytes = min(STEP_BYTES_FIRST, self._step_bytes_max)
-        # By inode; only of images that are held.
-        self._set_aside_until: dict[int, float] = {}
+        # By inode; only of images that are held and brought nothing the last time.
+        self._set_aside: dict[int, _SetAside] = {}
 
     async def run(self) -> None:
         """Hydrate until cancelled."""
@@ -84,12 +102,9 @@ class Hydrator:
         """Return the image to go on with, None when there is nothing to do now."""
         now_s = trio.current_time()
         inodes = {image.inode for image in held}
-        self._set_aside_until = {
-            inode: until_s
-            for inode, until_s in self._set_aside_until.items()
-            if until_s > now_s and inode in inodes
-        }
-        if self._room.is_full or any(now_s - i.last_wanted_s < QUIET_S for i in self._images.open_images()):
+        self._set_aside = {inode: one for inode, one in self._set_aside.items() if inode in inodes}
+        is_unkept = self._room.is_full or not self._disk.may_write
+        if is_unkept or is_busy(self._images.open_images()):
             return None
         due = [
             image
@@ -97,9 +112,15 @@ class Hydrator:
             if not image.is_whole
             and is_hydrated(image)
             and now_s - image.last_wanted_s >= self._delay_s
-            and image.inode not in self._set_aside_until
+            and self._aside(image).until_s <= now_s
         ]
-        return min(due, key=lambda image: (image.missing_bytes, image.inode), default=None)
+        # Those that failed come last, or a few of them would take all the turns.
+        return min(
+            due, key=lambda image: (self._aside(image).count, image.missing_bytes, image.inode), default=None
+        )
+
+    def _aside(self, image: LazyImage) -> _SetAside:
+        return self._set_aside.get(image.inode, _SetAside())
 
     async def _hydrate(self, image: LazyImage) -> None:
         """Fetch a step's worth of one image, unless it is released meanwhile."""
@@ -117,14 +138,22 @@ class Hydrator:
         now_s = trio.current_time()
         self._pace.spend(image.statistics().fetch.fetched_bytes - fetched_bytes, now_s)
         if image.missing_bytes >= missing_bytes:
-            self._set_aside_until[image.inode] = now_s + SET_ASIDE_S
-        elif scope.cancelled_caught or now_s - began_s > STEP_LONG_S:
+            self._set_aside[image.inode] = _SetAside(self._aside(image).count + 1, now_s + SET_ASIDE_S)
+            return
+        self._set_aside.pop(image.inode, None)
+        if scope.cancelled_caught or now_s - began_s > STEP_LONG_S:
             self._step_bytes = max(self._step_bytes // 2, STEP_BYTES_MIN)
         elif now_s - began_s < STEP_SHORT_S:
             self._step_bytes = min(self._step_bytes * 2, self._step_bytes_max)
         if image.is_whole:
             await image.commit()
             logger.info("image %s: all of it is here; its guests depend on Glance no longer", image.record.id)
+
+
+def is_busy(images: list[LazyImage]) -> bool:
+    """True while somebody waits for bytes, or did a moment ago: then nothing is begun for nobody."""
+    now_s = trio.current_time()
+    return any(now_s - image.last_wanted_s < QUIET_S for image in images)
 
 
 def is_hydrated(image: LazyImage) -> bool:

@@ -310,6 +310,10 @@ class LazyImage:
             trio.from_thread.run_sync(self._damaged)
             raise
 
+    def table(self, start: int, stop: int) -> bytes | None:
+        """Return a part of the source that was kept as a table, None if it is not here (thread)."""
+        return self._file.table(start, stop)
+
     def _damaged(self) -> None:
         """Chunks were dropped as damaged; what the kernel keeps of them may have come from the disk as it is now."""
         self.damage_count += 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lazyimg.core.chunks import chunk_range, chunks_of
 from lazyimg.core.fetchplan import Piece
-from lazyimg.core.qcow2 import Compressed, Data, Extent, Header, Mapping, decode_cluster
+from lazyimg.core.qcow2 import Compressed, Data, Extent, Header, Mapping, Zero, decode_cluster
 from lazyimg.errors import SourceDamaged
 
 
@@ -85,13 +85,19 @@ class Qcow2View:
         if assembly is not None:
             return list(assembly.missing)
         start, stop = chunk_range(chunk, self.size_bytes)
-        pieces = [piece for extent in self._mapping.extents(start, stop) for piece in self._pieces(extent)]
+        pieces, _ = self.parts(chunk)
         is_whole = (
             len(pieces) == 1 and pieces[0].presented_start <= start and pieces[0].presented_stop >= stop
         )
         if pieces and not is_whole:
             self._assemblies[chunk] = _Assembly(bytearray(stop - start), dict.fromkeys(pieces))
         return pieces
+
+    def parts(self, chunk: int) -> tuple[list[Piece], list[tuple[int, int]]]:
+        """Return all pieces that a chunk comes from, and its ranges that are zeros and come from none."""
+        extents = self._mapping.extents(*chunk_range(chunk, self.size_bytes))
+        zeros = [(extent.start, extent.stop) for extent in extents if isinstance(extent, Zero)]
+        return [piece for extent in extents for piece in self._pieces(extent)], zeros
 
     def decode(self, piece: Piece, data: bytes) -> bytes:
         return decode_cluster(self._header, data) if piece.is_compressed else data

@@ -6,7 +6,8 @@ lookups, so that an image whose bytes do not come keeps no other from being foun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -54,6 +55,18 @@ class FlightSlots:
             return True
         self._background_waiting[when_free] = None
         return False
+
+    @asynccontextmanager
+    async def background(self) -> AsyncIterator[None]:
+        """Hold a slot for background work, waiting for its turn."""
+        free = trio.Event()
+        while not self.take_nowait(urgent=False, when_free=free.set):
+            await free.wait()
+            free = trio.Event()
+        try:
+            yield
+        finally:
+            self.give_back(urgent=False)
 
     def give_back(self, *, urgent: bool) -> None:
         """Return a slot and let the next in turn take it."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from real_mount import Mount, is_running, read_direct, wait_until
-from served_glance import MIB, ServedGlance, ServedImage
+from served_glance import MIB, ServedGlance, ServedImage, pattern
 
 MakeMount = Callable[..., Mount]
 
@@ -64,3 +66,21 @@ def test_next_daemon_goes_on(hydrating: Mount, glance: ServedGlance) -> None:
         )
         assert hydrating.status_of(image)["at_risk"] is False
         assert guest.read(10) == image.content[10:20]
+
+
+def test_qcow2_becomes_whole_and_is_compared_with_its_source(
+    hydrating: Mount, glance: ServedGlance, require: Callable[..., None], tmp_path: Path
+) -> None:
+    """A compressed qcow2 in the raw view is hydrated, and found to be what its source's hash proves."""
+    require("qemu-img")
+    raw, packed = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
+    content = pattern(5, MIB) + bytes(MIB) + pattern(6, 2 * MIB)
+    raw.write_bytes(content)
+    command = ["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", str(raw), str(packed)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    image = glance.add(packed.read_bytes(), "qcow2")
+    with hydrating.path_of(image).open("rb", buffering=0) as guest:
+        assert guest.read(4096) == content[:4096]
+        wait_until(lambda: is_whole(hydrating, image), "the rest of the image")
+        wait_until(lambda: hydrating.status_of(image)["source_hash"] == "match", "the comparison")
+        assert read_direct(hydrating.path_of(image), 0, 4 * MIB) == content

@@ -13,6 +13,7 @@ from store_images import content
 from trio.testing import MockClock
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES as CHUNK
+from lazyimg.core.pace import Pace
 from lazyimg.errors import GlanceUnavailable, ImageNotFound
 from lazyimg.image.hydrator import LOOK_INTERVAL_S, SET_ASIDE_S, STEP_LIMIT_S, Hydrator
 from lazyimg.image.lazyimage import LazyImage
@@ -29,6 +30,7 @@ class Held:
     def __init__(self) -> None:
         self.images: list[LazyImage] = []
         self.is_full = False
+        self.may_write = True
 
     def open_images(self) -> list[LazyImage]:
         return self.images
@@ -51,7 +53,7 @@ def held() -> Held:
 
 
 def start(rig: ImageRig, held: Held, *, bytes_per_s: int = 0) -> None:
-    rig.nursery.start_soon(Hydrator(held, held, delay_s=DELAY_S, bytes_per_s=bytes_per_s).run)
+    rig.nursery.start_soon(Hydrator(held, held, held, Pace(bytes_per_s), delay_s=DELAY_S).run)
 
 
 def opened(rig: ImageRig, held: Held, number: int = 1, size_bytes: int = SIZE_BYTES) -> LazyImage:
@@ -185,6 +187,41 @@ async def test_image_that_is_gone_is_left_alone_for_a_while(
     start(rig, held)
     await rig.pass_time(mock_clock, DELAY_S + 4)
     assert (image.present_bytes, other.is_whole) == (0, True)
+
+
+async def test_images_that_hang_take_no_turns_from_others(
+    rig: ImageRig, held: Held, mock_clock: MockClock, expected_warnings: Callable[..., None]
+) -> None:
+    """However many images bring nothing, one that can become whole does so soon."""
+    expected_warnings("lost; trying again")
+    for number in (1, 2, 3):
+        opened(rig, held, number)
+    other = opened(rig, held, 9, 2 * SIZE_BYTES)
+    lost = dict.fromkeys(image.record.id for image in held.images[:3])
+    honest = rig.glance.contents[other.record.id]
+
+    def content_or_lost(start: int, stop: int) -> bytes:
+        raise GlanceUnavailable("lost")
+
+    rig.glance.contents |= dict.fromkeys(lost, content_or_lost)
+    assert rig.glance.contents[other.record.id] is honest
+    start(rig, held)
+    await rig.pass_time(mock_clock, int(DELAY_S + 3 * STEP_LIMIT_S + 10))
+    assert other.is_whole
+
+
+async def test_disk_that_is_bypassed_is_given_nothing(
+    rig: ImageRig, held: Held, mock_clock: MockClock
+) -> None:
+    """While the cache's disk is not written to nothing is fetched for nobody."""
+    image = opened(rig, held)
+    held.may_write = False
+    start(rig, held)
+    await rig.pass_time(mock_clock, 2 * DELAY_S)
+    assert rig.glance.ranges == []
+    held.may_write = True
+    await rig.pass_time(mock_clock, 3)
+    assert image.is_whole
 
 
 async def test_full_cache_is_not_asked_to_hold_more(rig: ImageRig, held: Held, mock_clock: MockClock) -> None:

@@ -42,7 +42,9 @@ def catalog(rig: ImageRig) -> Catalog:
 
 
 def start(rig: ImageRig, catalog: Catalog, *, bytes_per_s: int = 0) -> None:
-    rig.nursery.start_soon(SourceCheck(catalog, rig.disk, rig.hash_limiter, bytes_per_s=bytes_per_s).run)
+    rig.nursery.start_soon(
+        SourceCheck(catalog, rig.disk, rig.hash_limiter, None, bytes_per_s=bytes_per_s).run
+    )
 
 
 async def whole(rig: ImageRig, catalog: Catalog, number: int = 1, **changes: object) -> LazyImage:
