@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,7 +74,12 @@ class Mount:
     """One mountpoint with its cache, socket and log below `folder`; started again as often as a test likes."""
 
     def __init__(
-        self, folder: Path, endpoint: str, config: Mapping[str, object], cache_dir: Path | None
+        self,
+        folder: Path,
+        endpoint: str,
+        config: Mapping[str, object],
+        cache_dir: Path | None,
+        prefix: Sequence[str] = (),
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -88,6 +93,8 @@ class Mount:
         defaults = {"read_timeout": 60, "cache_free_min": 0, "hydrate": False}
         self.config: dict[str, object] = {**defaults, **config}
         self._endpoint = endpoint
+        # What runs `lazyimg mount`, with fewer rights for one.
+        self._prefix = prefix
         self._process: subprocess.Popen[bytes] | None = None
         self._readers = ThreadPoolExecutor(32, thread_name_prefix="reader")
 
@@ -102,7 +109,7 @@ class Mount:
         """Run `lazyimg mount` and wait for nothing."""
         assert self._process is None or self._process.poll() is not None
         environ = os.environ | {f"LAZYIMG_{key.upper()}": str(value) for key, value in self.config.items()}
-        command = [LAZYIMG, "mount", self.path]
+        command = [*self._prefix, LAZYIMG, "mount", self.path]
         for endpoint in self._endpoint.split():
             command += ["--endpoint", endpoint]
         command += ["--cache-dir", self.cache_dir, "--control", self.control]
@@ -251,10 +258,11 @@ class Mounts:
         *,
         cache_dir: Path | None = None,
         start: bool = True,
+        prefix: Sequence[str] = (),
         **config: object,
     ) -> Mount:
         """Mount `folder`/_base with these configuration keys."""
-        mount = Mount(folder, endpoint, config, cache_dir)
+        mount = Mount(folder, endpoint, config, cache_dir, prefix)
         self._mounts.append(mount)
         if start:
             mount.start()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
+import struct
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -29,6 +31,8 @@ CONNECT_TIMEOUT_S = 10.0
 # The other daemon answers reads first and here half a second later; a busy machine may take long.
 OTHER_DAEMON_TIMEOUT_S = 60.0
 OTHER_DAEMON_LOOK_S = 0.05
+# struct ucred of unix(7): process, user, group.
+_UCRED = struct.Struct("iII")
 
 
 class ControlClient:
@@ -159,6 +163,19 @@ class ControlClient:
                     f"control socket {self._path}: no daemon answers ({exc.strerror or exc});"
                     " start it with lazyimg mount, or give --control"
                 ) from exc
+            self._check_peer(probe)
+
+    def _check_peer(self, connection: socket.socket) -> None:
+        """Refuse an answer from a user who could be anybody: what it says of images would make guests' disks."""
+        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        _, uid, _ = _UCRED.unpack(peer)
+        # The folder's owner decides which socket lies in it.
+        trusted = {0, os.geteuid(), self._path.parent.stat().st_uid}
+        if uid not in trusted:
+            raise DaemonUnreachable(
+                f"control socket {self._path}: user {uid} answers there, who is neither root, you, nor the owner"
+                " of its folder; give the daemon's own --control"
+            )
 
     def _object(self, body: bytes) -> dict[str, Any]:
         if not body:

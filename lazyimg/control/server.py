@@ -118,7 +118,9 @@ def _listen(path: Path, mode: int, group: str | None) -> tuple[socket.socket, tu
     hidden = path.parent / f".{os.getpid()}.sock"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # Whoever may use the socket must reach it, by control_group for one; its own mode keeps the others out.
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _refuse_open_folder(path)
         hidden.unlink(missing_ok=True)
         listener.bind(str(hidden))
         try:
@@ -154,6 +156,18 @@ def _folder_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _refuse_open_folder(path: Path) -> None:
+    """Refuse a folder in which somebody else could put a socket of theirs in our socket's place."""
+    folder = path.parent.stat()
+    is_others = folder.st_uid not in (0, os.geteuid())
+    is_writable = folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX
+    if is_others or is_writable:
+        raise ConfigError(
+            f"control socket {path}: others may put a socket of theirs into {path.parent}; "
+            "chmod go-w that folder, or give another --control"
+        )
 
 
 def _refuse_if_taken(path: Path) -> None:

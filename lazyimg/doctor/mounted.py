@@ -69,7 +69,5 @@ def _judged(status: dict[str, Any]) -> Finding:
         if status.get(field):
             return warn("daemon", f"{who}: {status[field]} {what}", advice)
     if status.get("version") != __version__:
-        return warn(
-            "daemon", f"{who}; {__version__} is installed", "bring the daemon to it: docs/operations.md"
-        )
+        return warn("daemon", f"{who}; {__version__} is installed", "`lazyimg restart`")
     return ok("daemon", who)

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from outcome import capture
 
 from lazyimg import errors
 from lazyimg.control import ControlClient, ImageFacts, Progress, serve_control
+from lazyimg.control import client as control_client
 from lazyimg.control.server import _ProgressAnswer
 from lazyimg.errors import ConfigError, DaemonUnreachable, ImageNotFound, InUse, LazyImgError
 
@@ -75,6 +77,11 @@ class ScriptedDaemon:
     async def give_up_mount(self) -> int:
         self._answer("")
         return 7
+
+    async def wait_for_ever(self, image: str) -> int:
+        self.asked.append(image)
+        await trio.sleep_forever()
+        raise AssertionError
 
     async def prefetch(self, image: str) -> AsyncIterator[Progress]:
         for step in self.steps:
@@ -369,3 +376,92 @@ async def test_metrics_of_a_failing_daemon_are_an_error(path: Path) -> None:
     """A status that cannot be had is raised to whoever asks for the metrics."""
     with pytest.raises(InUse, match="x: y"):
         await served(ScriptedDaemon(fails=InUse("x: y")), path, lambda client: client.metrics())
+
+
+# ── who may ask, and how much ──
+
+
+async def test_symlink_is_not_followed(path: Path) -> None:
+    """A symlink at the socket's path, wherever it leads, is somebody's and stays."""
+    os.symlink("elsewhere", path)
+    with pytest.raises(InUse, match="something else"):
+        await serve_control(ScriptedDaemon(), path, mode=0o600, group=None)
+    assert os.readlink(path) == "elsewhere"
+
+
+async def test_folder_where_others_may_write_is_refused(path: Path) -> None:
+    """Where others could put a socket of theirs in ours' place none is made; a sticky folder keeps them from it."""
+    os.chmod(path.parent, 0o777)
+    with pytest.raises(ConfigError, match="others may put a socket"):
+        await serve_control(ScriptedDaemon(), path, mode=0o600, group=None)
+    assert os.listdir(path.parent) == []
+    os.chmod(path.parent, 0o1777)
+    assert await served(ScriptedDaemon(), path, ControlClient.status)
+
+
+class Peer:
+    """What the kernel says of who answers."""
+
+    size = 12
+
+    def __init__(self, uid: int) -> None:
+        self._uid = uid
+
+    def unpack(self, _data: bytes) -> tuple[int, int, int]:
+        return 1, self._uid, 1
+
+
+async def test_answer_of_another_user_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of a user who is neither root, this one, nor the folder's owner is not believed."""
+    monkeypatch.setattr(control_client, "_UCRED", Peer(path.parent.stat().st_uid))
+    assert await served(ScriptedDaemon(), path, ControlClient.status)
+    daemon = ScriptedDaemon()
+    monkeypatch.setattr(control_client, "_UCRED", Peer(4711))
+    with pytest.raises(DaemonUnreachable, match="user 4711 answers there"):
+        await served(daemon, path, ControlClient.status)
+    assert daemon.asked == []
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        (b"GET /v1/nothing HTTP/1.1", b"404"),
+        (b"GET /v1/../metrics HTTP/1.1", b"404"),
+        (b"POST /v1/status HTTP/1.1", b"405"),
+        (b"GET /v1/evict?image=x HTTP/1.1", b"405"),
+        (b"GET /" + b"x" * (64 << 10) + b" HTTP/1.1", b"431"),
+        (b"nonsense", b"400"),
+    ],
+)
+async def test_other_requests_are_refused(path: Path, request_line: bytes, status: bytes) -> None:
+    """[I5] What is no path of ours, no method of it, or has no end, is answered with an error and asks nothing."""
+    daemon = ScriptedDaemon()
+    async with serving(daemon, path), await trio.open_unix_socket(str(path)) as stream:
+        await stream.send_all(request_line + b"\r\nHost: x\r\n\r\n")
+        answer = await stream.receive_some()
+    assert answer.split()[1] == status
+    assert daemon.asked == []
+
+
+async def test_body_is_not_taken_in(path: Path) -> None:
+    """[I5] A body, which no question has, is not kept: who sends one without end soon sends no more."""
+    limit_bytes = 8 << 20
+    daemon = ScriptedDaemon()
+    daemon.evict = daemon.wait_for_ever  # type: ignore[method-assign]
+    async with serving(daemon, path):
+        with socket.socket(socket.AF_UNIX) as sender:
+            sender.connect(str(path))
+            sender.setblocking(False)
+            sender.send(b"POST /v1/evict?image=x HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
+            sent_bytes = 0
+            while sent_bytes < 4 * limit_bytes:
+                try:
+                    sent_bytes += sender.send(b"x" * (64 << 10))
+                except BlockingIOError:
+                    await trio.testing.wait_all_tasks_blocked(0.02)
+                    if not trio.lowlevel.current_statistics().run_sync_soon_queue_size and daemon.asked:
+                        try:
+                            sent_bytes += sender.send(b"x")
+                        except BlockingIOError:
+                            break
+    assert sent_bytes < limit_bytes

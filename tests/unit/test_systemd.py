@@ -91,6 +91,15 @@ def test_unit_keeps_the_mount_alive(name: str, value: str) -> None:
     assert _directives()[name] == [value]
 
 
+def test_unit_has_no_capability_to_spare() -> None:
+    """What a mount does not take is not there; tests/mount/test_capabilities.py runs with exactly these."""
+    (capabilities,) = _directives()["CapabilityBoundingSet"]
+    assert set(capabilities.split()) == {
+        "CAP_SYS_ADMIN", "CAP_SETUID", "CAP_SETGID", "CAP_CHOWN", "CAP_FOWNER", "CAP_FSETID", "CAP_DAC_OVERRIDE",
+        "CAP_SYS_PTRACE",
+    }  # fmt: skip
+
+
 def test_unit_passes_systemd_analyze(tmp_path: Path, require: Callable[..., None]) -> None:
     """`systemd-analyze verify` has nothing to say of the unit."""
     require("systemd-analyze")
