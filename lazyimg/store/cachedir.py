@@ -196,9 +196,9 @@ class CacheDir:
                     raise OSError(errno.EIO, f"chunk file {self._path_of(entry)} was just made: {problem}")
             try:
                 self.index.heal_sidecar(key)
-            except BaseException:
-                file.close()
-                raise
+            except OSError as exc:
+                # It is no more behind than before, and needed only where the index is lost.
+                log.info("sidecar of key %s not compared with the index: %s", key, exc)
             # Somebody who did not wait for the disk may have opened it unseen.
             known = self._open.setdefault(key, file)
             if known is not file:

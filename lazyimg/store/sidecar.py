@@ -239,7 +239,9 @@ def _frames(fd: int) -> Iterator[tuple[int, bytes]]:
         head = heads[: _HEAD.size]
         start, size_bytes = _HEAD.unpack(head)
         at += len(heads)
-        data = pread_all(fd, at, at + size_bytes) if at + size_bytes <= os.fstat(fd).st_size else b""
+        # Nothing is read into memory for a length alone.
+        is_here = at + size_bytes <= min(os.fstat(fd).st_size, TABLES_BYTES_MAX)
+        data = pread_all(fd, at, at + size_bytes) if is_here else b""
         if len(data) != size_bytes or _HEAD_SUM.unpack(heads[_HEAD.size :])[0] != checksum(head + data):
             return
         at += size_bytes

@@ -47,6 +47,8 @@ USED_EVERY = 25
 LOST_EVERY = 5
 # Small, since every state is written anew; the last chunk of each is short.
 SIZES_BYTES = {1: 5 * CHUNK - 9, 2: 3 * CHUNK - 4096, 3: 2 * CHUNK - 1}
+# Fewer than images, so that chunk files are also opened and closed by each use.
+OPEN_FILES_MAX = 2
 TABLE = b"table of the source" * 300
 
 
@@ -71,7 +73,7 @@ class Workload:
         self._rng = rng
         self._promises: Promises = {number: Promise() for number in SIZES_BYTES}
         self._path = disk.path / "cache"
-        self._cache = CacheDir(self._path)
+        self._cache = CacheDir(self._path, files_max=OPEN_FILES_MAX)
         self._files: dict[int, ChunkFile] = {}
         # Written since their last commit.
         self._written: dict[int, set[int]] = {number: set() for number in SIZES_BYTES}
@@ -149,7 +151,7 @@ class Workload:
         self._cache.close()
         for number in SIZES_BYTES:
             self.close_image(number)
-        self._cache = CacheDir(self._path)
+        self._cache = CacheDir(self._path, files_max=OPEN_FILES_MAX)
 
     def _opened(self, number: int) -> ChunkFile:
         if number not in self._files:

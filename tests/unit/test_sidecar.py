@@ -278,6 +278,29 @@ def test_tables_are_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert cache.open_image(KEY).table(0, 4000) == TABLES[0]
 
 
+def test_table_that_claims_to_be_huge_is_not_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch, rebuilt: None
+) -> None:
+    """[I5] A frame longer than all tables may be ends the file, whatever its length promises."""
+    fill(path)
+    lose_index(path)
+    monkeypatch.setattr(sidecar, "TABLES_BYTES_MAX", 1000)
+    with opened(path) as cache:
+        file = cache.open_image(KEY)
+        assert file.is_whole
+        assert file.table(0, 4000) is None
+
+
+def test_failing_index_does_not_keep_an_image_from_being_opened(path: Path) -> None:
+    """What is compared only for a later loss of the index is not compared while the index fails."""
+    fill(path)
+    os.truncate(only_sidecar(path, "sums"), 8)
+    with opened(path) as cache:
+        with mock.patch.object(cache.index, "heal_sidecar", side_effect=OSError(errno.EIO, "injected")):
+            file = cache.open_image(KEY)
+        assert file.read(0, SIZE_BYTES) == content(1, 0, SIZE_BYTES)
+
+
 def test_failing_sidecars_cost_no_commit(path: Path) -> None:
     """A disk that takes no sidecars leaves index and chunks as they are; images just have no second record."""
     with mock.patch(
