@@ -41,6 +41,13 @@ class PrivateFolder:
             _sync(one.parent)
         if path.is_symlink():
             raise CacheUnusable(f"cache folder {path} is a symbolic link; give the folder itself")
+        for parent in path.absolute().parents:
+            mode = parent.stat().st_mode
+            # SQLite opens its files by their paths, as threads need them: another folder put here would be believed.
+            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+                raise CacheUnusable(
+                    f"cache folder {path}: anybody may swap it in {parent}; run: chmod o-w {parent}"
+                )
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         return cls._checked(path, fd)
 

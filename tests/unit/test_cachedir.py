@@ -410,6 +410,17 @@ def test_folder_that_is_swapped_while_open_is_still_ours(path: Path, tmp_path: P
     cache.close()
 
 
+def test_folder_that_anybody_may_swap_is_refused(tmp_path: Path) -> None:
+    """Above the cache nobody else may rename folders; /tmp and its like, where each renames his own, will do."""
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    parent.chmod(0o777)
+    with pytest.raises(CacheUnusable, match=f"anybody may swap it in {parent}; run: chmod o-w {parent}"):
+        CacheDir(parent / "between" / "cache")
+    parent.chmod(0o1777)
+    CacheDir(parent / "between" / "cache").close()
+
+
 def test_folder_others_may_write_is_refused(path: Path) -> None:
     """A folder of ours that others could plant files in is refused, too."""
     CacheDir(path).close()
