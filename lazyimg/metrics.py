@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+DISK_STATES = ("normal", "unstable", "bypass")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 Status = Mapping[str, Any]
@@ -68,14 +69,9 @@ def _field(name: str) -> Callable[[Status], Iterable[Sample]]:
     return samples
 
 
-def _found(name: str) -> Callable[[Status], Iterable[Sample]]:
-    """A number of what was found amiss in the cache folder."""
-
-    def samples(status: Status) -> Iterator[Sample]:
-        if "cache_found" in status:
-            yield (), float(status["cache_found"][name])
-
-    return samples
+def _part(name: str, field: str) -> Callable[[Status], Iterable[Sample]]:
+    """A number or a yes of one of the status's objects."""
+    return lambda status: _field(field)(status.get(name, {}))
 
 
 def _of_images(value: Callable[[Status], float]) -> Callable[[Status], Iterable[Sample]]:
@@ -92,14 +88,14 @@ def _images_by_state(status: Status) -> Iterator[Sample]:
     return (((state,), float(states.count(state))) for state in sorted(set(states)))
 
 
-def _glance_down(status: Status) -> Iterator[Sample]:
-    if "glance" in status:
-        yield (), float(status["glance"]["is_down"])
-
-
 def _endpoints_by_state(status: Status) -> Iterator[Sample]:
     states = [one["state"] for one in status.get("glance", {}).get("endpoints", ())]
     return (((state,), float(states.count(state))) for state in sorted(set(states)))
+
+
+def _disk_state(status: Status) -> Iterator[Sample]:
+    if "disk_state" in status:
+        yield from (((state,), float(state == status["disk_state"])) for state in DISK_STATES)
 
 
 def _version(status: Status) -> Iterator[Sample]:
@@ -107,12 +103,12 @@ def _version(status: Status) -> Iterator[Sample]:
 
 
 def _missing_bytes(image: Status) -> int:
-    missing: int = image["size_bytes"] - image["present_bytes"]
+    missing: int = image["missing_bytes"]
     return missing
 
 
 def _is_at_risk(image: Status) -> bool:
-    return image["open_handles"] > 0 and _missing_bytes(image) > 0
+    return bool(image["at_risk"])
 
 
 def _gauge(name: str, meaning: str, samples: Callable[[Status], Iterable[Sample]], *labels: str) -> Metric:
@@ -151,13 +147,15 @@ METRICS = (
         "Chunks that are wanted and have not come.",
         _of_images(lambda one: one.get("waiting_chunks", 0)),
     ),
-    _gauge("glance_down", "1 while nothing can be had of Glance.", _glance_down),
+    _gauge("glance_down", "1 while nothing can be had of Glance.", _part("glance", "is_down")),
     _gauge(
         "glance_endpoints",
         "Endpoints of Glance, by the state of their breaker.",
         _endpoints_by_state,
         "state",
     ),
+    _counter("hedges", "Requests that were slow and sent a second time.", _part("glance", "hedges")),
+    _counter("hedges_won", "Those of which the second was answered first.", _part("glance", "hedges_won")),
     _gauge("reads_in_flight", "Reads of guests that wait.", _field("reads_in_flight")),
     _gauge("reads_hung", "Those that wait longer than 10 s.", _field("reads_hung")),
     _gauge("oldest_read_seconds", "How long the oldest of them waits.", _field("oldest_read_s")),
@@ -170,11 +168,23 @@ METRICS = (
         "requests_stuck", "Requests that a killed daemon took and nobody answers.", _field("requests_stuck")
     ),
     _gauge("cache_full", "1 while guests are served without storing.", _field("cache_is_full")),
+    _gauge("cache_disk", "1 for the state that the cache disk is in.", _disk_state, "state"),
+    _counter("cache_disk_errors", "Faults of the cache disk.", _field("disk_errors")),
+    _gauge(
+        "cache_disk_stuck",
+        "Threads that wait for the cache disk longer than disk_timeout.",
+        _field("disk_stuck_operations"),
+    ),
+    _counter(
+        "bypassed_bytes",
+        "Read from Glance because the cache disk did not give them.",
+        _field("disk_bypassed_bytes"),
+    ),
     _gauge("cache_used_bytes", "What images take on the cache disk.", _field("cache_used_bytes")),
     _counter(
         "damaged_chunks",
         "Chunks on the cache disk that were not what had been stored; they are fetched again.",
-        _found("damaged_chunks"),
+        _part("cache_found", "damaged_chunks"),
     ),
     _counter(
         "unforeseen_errors",

@@ -58,7 +58,15 @@ def _headlines(answer: Mapping[str, Any]) -> Iterator[str]:
         yield "the cache is full: guests are served without storing"
     if answer.get("unforeseen_errors"):
         yield f"{answer['unforeseen_errors']} requests failed by a fault of lazyimg's own: see the log"
-    at_risk = [image for image in answer.get("images", ()) if _is_at_risk(image)]
+    if answer.get("disk_state", "normal") != "normal":
+        yield f"the cache disk is in state {answer['disk_state']}: {answer.get('disk_error')}"
+    if answer.get("glance", {}).get("is_down"):
+        why = answer["glance"].get("login_error") or "no endpoint answers"
+        yield f"Glance is down: {why}; what is in the cache is read on"
+    for image in answer.get("images", ()):
+        if image.get("state") == "quarantined":
+            yield f"image {image.get('id')} is quarantined: {image.get('reason')}"
+    at_risk = [image for image in answer.get("images", ()) if image.get("at_risk")]
     if at_risk:
         yield f"{len(at_risk)} images at risk: open and not whole, their guests depend on Glance"
     if answer.get("reads_hung"):
@@ -70,14 +78,10 @@ def _tables(answer: Mapping[str, Any]) -> Iterator[Table]:
     if reads:
         yield _reads_table(reads[:READS_SHOWN_MAX], answer.get("reads_in_flight", len(reads)))
     images = answer.get("images", ())
-    at_risk = [image for image in images if _is_at_risk(image)]
+    at_risk = [image for image in images if image.get("at_risk")]
     if at_risk:
         yield _images_table("images at risk", at_risk)
-    yield _images_table("images", [image for image in images if not _is_at_risk(image)])
-
-
-def _is_at_risk(image: Mapping[str, Any]) -> bool:
-    return bool(image.get("open_handles", 0) and image.get("present_bytes", 0) < image.get("size_bytes", 0))
+    yield _images_table("images", [image for image in images if not image.get("at_risk")])
 
 
 def _reads_table(reads: Sequence[Mapping[str, Any]], count: int) -> Table:
@@ -108,11 +112,11 @@ def _images_table(title: str, images: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left")
     for heading in ("image", "name", "state", "source"):
         table.add_column(heading)
-    for heading in ("size", "present", "fetched", "requests", "open"):
+    for heading in ("size", "missing", "fetched", "requests", "open"):
         table.add_column(heading, justify="right")
     for image in images:
         words = (image.get(key) for key in ("id", "name", "state", "source"))
-        sizes = (image.get(key) for key in ("size_bytes", "present_bytes", "fetched_bytes"))
+        sizes = (image.get(key) for key in ("size_bytes", "missing_bytes", "fetched_bytes"))
         counts = (image.get(key) for key in ("requests", "open_handles"))
         table.add_row(
             # Text, not str: a name may look like markup.

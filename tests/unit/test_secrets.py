@@ -13,14 +13,19 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import aclosing
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from lazyimg.daemon.dump import dump_lines
+from lazyimg.daemon.inflight import InFlight
+from lazyimg.doctor.cloud import cloud_findings, server_date
 from lazyimg.errors import ConfigError, CredentialsRefused, GlanceUnavailable, LazyImgError
 from lazyimg.glance.auth import Access, Auth, KeystoneAuth, SdkLogin
 from lazyimg.glance.client import GlanceClient
+from lazyimg.metrics import render
 
 # Uses sockets and openstacksdk, which takes half a second to import.
 pytestmark = [
@@ -223,3 +228,20 @@ def test_unreadable_clouds_file_shows_nothing_of_itself(
     with pytest.raises(ConfigError) as caught:
         SdkLogin("here")()
     assert_no_secret(str(caught.value), repr(caught.value), with_locals(caught.value), log.getvalue())
+
+
+@pytest.mark.parametrize("mode", ["well", "reset", "401", "wrong password"])
+async def test_diagnosis_shows_no_secret(cloud: ThreadingHTTPServer, log: io.StringIO, mode: str) -> None:
+    """What doctor, status, metrics and a dump say while a token is in use, or refused, does not have it."""
+    cloud.mode = mode  # type: ignore[attr-defined]
+    auth = KeystoneAuth("here")
+    client = GlanceClient(
+        auth, connect_timeout_s=5, first_byte_timeout_s=5, between_bytes_timeout_s=5, connections_max=2
+    )
+    async with aclosing(client):
+        findings = [one async for one in cloud_findings(auth, client, server_date=server_date)]
+        glance = asdict(client.statistics())
+        dump = list(dump_lines(InFlight({})))
+    assert findings[0].check == "credentials"
+    page = render({"images": [], "glance": glance})
+    assert_no_secret(repr(findings), json.dumps(glance), page.decode(), "\n".join(dump), log.getvalue())

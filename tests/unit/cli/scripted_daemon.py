@@ -26,6 +26,8 @@ class ScriptedDaemon:
         self.fails: Exception | None = None
         self.steps: list[Progress] = [Progress(50, 100), Progress(100, 100)]
         self.hangs = False
+        # Of the status.
+        self.more: dict[str, object] = {}
         self.pid = 77
         self.is_working = threading.Event()
         self.has_stopped = threading.Event()
@@ -42,9 +44,11 @@ class ScriptedDaemon:
             "requests": 3,
             "source": "ranges",
             "open_handles": 1,
+            "missing_bytes": len(CONTENT) - 4096,
+            "at_risk": True,
             "state": "partial",
         }
-        return {"daemon_pid": self.pid, "images": [image]}
+        return {"daemon_pid": self.pid, "images": [image], **self.more}
 
     async def image_facts(self, image: str) -> ImageFacts:
         if self.fails:

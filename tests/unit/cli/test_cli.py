@@ -100,6 +100,68 @@ def test_status_table_shows_names_as_text(
     assert "\u202e" not in outcome.out
 
 
+def test_status_tells_first_what_is_wrong(
+    control: Path, daemon: ScriptedDaemon, run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What hangs, is stuck, down or at risk comes before the table of images, whatever characters it has."""
+    monkeypatch.setenv("COLUMNS", "200")
+    read = {
+        "image": IMAGE_ID,
+        "start": 4096,
+        "stop": 8192,
+        "age_s": 300.0,
+        "waits_for": "glance",
+        "retries": 5,
+    }
+    image = {
+        "id": "risky",
+        "name": "n",
+        "size_bytes": 10**9,
+        "missing_bytes": 10**8,
+        "at_risk": True,
+        "state": "lazy",
+    }
+    bad = {"id": "bad", "state": "quarantined", "reason": f"not what Glance's hash says {HOSTILE}"}
+    daemon.more = {
+        "version": "1.2",
+        "survives_kill": False,
+        "requests_stuck": 3,
+        "cache_is_full": True,
+        "unforeseen_errors": 1,
+        "disk_state": "bypass",
+        "disk_error": "EIO",
+        "glance": {"is_down": True, "login_error": None},
+        "reads_hung": 1,
+        "oldest_read_s": 300.0,
+        "reads_in_flight": 1,
+        "reads": [read],
+        "images": [image, bad],
+    }
+    out = run("status", "--control", control).out
+    lines = out.splitlines()
+    for told in (
+        "this kernel does not send again",
+        "3 requests are stuck in the kernel",
+        "the cache is full",
+        "1 requests failed by a fault of lazyimg's own",
+        "the cache disk is in state bypass: EIO",
+        "Glance is down: no endpoint answers",
+        "image bad is quarantined: not what Glance's hash says",
+        "1 images at risk",
+        "1 reads hang, the oldest for 5 min",
+    ):
+        assert any(line.startswith(told) for line in lines), told
+    assert out.index("the oldest 1 of 1 reads") < out.index("│ risky") < out.index("│ bad")
+    assert "\x1b" not in out
+
+
+def test_metrics_are_printed_as_they_are(control: Path, run: Callable[..., Outcome]) -> None:
+    """`lazyimg metrics` prints the page that Prometheus reads."""
+    outcome = run("metrics", "--control", control)
+    assert outcome.code == 0
+    assert 'lazyimg_images{state="partial"} 1.0\n' in outcome.out
+
+
 def test_no_daemon_is_3(tmp_path: Path, run: Callable[..., Outcome]) -> None:
     """Without a daemon: one line that names the socket and the next step."""
     outcome = run("status", "--json", "--control", tmp_path / "none")
