@@ -7,7 +7,7 @@ parallel when a request that a guest waits for is slower than nearly all lately 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import trio
@@ -42,8 +42,9 @@ class Get:
     is_urgent: bool = False
 
 
-# Asked of an endpoint to learn whether it works, with the token: so Keystone and the database are asked too.
-PROBE = Get("/v2/images?limit=1", "probe")
+# Asked of an endpoint to learn whether it works, with the token: so Keystone and the database are asked too.  Not an
+# image's bytes: those of one may hang in its store, which must not keep the others waiting.
+PROBE_PATH = "/v2/images?limit=1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +71,9 @@ class Asking:
         self._hedging = Hedging() if hedge else None
         self._hedges = 0
         self._hedges_won = 0
-        # The last one that was given, and what kept the last caller from getting one.
+        # The last one that was given, the last one that Glance refused, and what kept us from getting another.
         self._access: Access | None = None
+        self._refused: Access | None = None
         self._login_error: LazyImgError | None = None
 
     @property
@@ -89,13 +91,10 @@ class Asking:
         while True:
             ask = await self._endpoints.wait_forgotten_probe()
             assert self._access is not None
-            try:
+            # The endpoint's breaker notes how it went.
+            with suppress(GlanceUnavailable):
                 # A token that has ended is good enough: to be refused is an answer.
-                reply = await self._ask(ask, self._access, PROBE)
-            except GlanceUnavailable:
-                # The endpoint's breaker has noted it.
-                continue
-            await reply.aclose()
+                await self._probe(ask, self._access, "probe")
 
     @asynccontextmanager
     async def reply(self, get: Get) -> AsyncIterator[Reply]:
@@ -104,9 +103,12 @@ class Asking:
         async with AsyncExitStack() as stack:
             endpoint, reply = await self._first_answer(stack, access, get)
             if reply.status_code == 401:
+                self._refused = access
                 await stack.aclose()
                 access = await self._log_in(self._auth.renew(access))
                 endpoint, reply = await self._first_answer(stack, access, get)
+            if reply.status_code != 401:
+                self._refused = self._login_error = None
             if not reply.is_success:
                 body = await self.beginning(reply, ERROR_BYTES_MAX, get.what)
                 raise refusal(reply.status_code, reply.headers, body, get.what)
@@ -142,12 +144,17 @@ class Asking:
         except LazyImgError as exc:
             self._login_error = exc
             raise
-        self._login_error = None
+        # The old token is still given while it cannot be renewed, which is no login.
+        if got is not self._refused:
+            self._login_error = None
         return got
 
     async def _first_answer(self, stack: AsyncExitStack, access: Access, get: Get) -> tuple[str, Reply]:
         """Return the first endpoint that works, and its reply, which the stack closes."""
         left = await self._endpoints.wait_usable(access.endpoints, get.what, may_wait=get.may_wait)
+        while left[0].is_probe and get.may_wait:
+            await self._probe(left[0], access, get.what)
+            left = await self._endpoints.wait_usable(access.endpoints, get.what, may_wait=get.may_wait)
         while True:
             ask = left.pop(0)
             try:
@@ -161,6 +168,11 @@ class Asking:
                 continue
             stack.push_async_callback(reply.aclose)
             return ask.endpoint, reply
+
+    async def _probe(self, ask: Ask, access: Access, what: str) -> None:
+        """Find out whether an endpoint answers.  Raises GlanceUnavailable."""
+        reply = await self._ask(ask, access, Get(PROBE_PATH, what))
+        await reply.aclose()
 
     async def _ask_again_if_slow(
         self, hedging: Hedging, first: Ask, others: list[Ask], access: Access, get: Get

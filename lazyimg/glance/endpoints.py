@@ -92,6 +92,9 @@ class Endpoints:
 
         While neither is to be had: waits, or raises GlanceUnavailable at once unless it may wait.
         """
+        self._know(endpoints)
+        if asks := self._free(endpoints):
+            return asks
         with trio.move_on_after(WAIT_MAX_S if may_wait else 0):
             self._waiting += 1
             try:
@@ -157,9 +160,10 @@ class Endpoints:
 
     def _free(self, endpoints: Sequence[str]) -> list[Ask]:
         """Return those that may be asked freely, the best first."""
-        now_s = trio.current_time()
         closed = [endpoint for endpoint in endpoints if self._breakers[endpoint].is_closed]
-        closed.sort(key=lambda endpoint: self._avoided_until.get(endpoint, -math.inf) > now_s)
+        if self._avoided_until:
+            now_s = trio.current_time()
+            closed.sort(key=lambda endpoint: self._avoided_until.get(endpoint, -math.inf) > now_s)
         return [Ask(endpoint, is_probe=False) for endpoint in closed]
 
     def _probe_nowait(self, endpoints: Iterable[str]) -> Ask | None:

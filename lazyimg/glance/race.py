@@ -38,9 +38,8 @@ async def race(
     replies: list[tuple[_A, _R, bool]] = []
     errors: list[GlanceUnavailable] = []
     out = 1
-    is_over = trio.Event()
 
-    async def run(asked: _A, is_second: bool) -> None:
+    async def run(asked: _A, *, is_second: bool) -> None:
         nonlocal out
         try:
             replies.append((asked, await attempt(asked), is_second))
@@ -48,19 +47,21 @@ async def race(
             errors.append(exc)
         out -= 1
         if replies or not out:
-            is_over.set()
+            nursery.cancel_scope.cancel()
+
+    async def run_second() -> None:
+        nonlocal out
+        await trio.sleep(delay_s)
+        other = second()
+        if other is not None:
+            out += 1
+            await run(other, is_second=True)
 
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(run, first, False)
-            with trio.move_on_after(delay_s):
-                await is_over.wait()
-            other = None if is_over.is_set() else second()
-            if other is not None:
-                out += 1
-                nursery.start_soon(run, other, True)
-            await is_over.wait()
-            nursery.cancel_scope.cancel()
+            nursery.start_soon(run_second)
+            # Here and not in a task of its own: nearly always this is all there is to do.
+            await run(first, is_second=False)
         if not replies:
             raise errors[-1]
         return replies.pop(0)

@@ -196,6 +196,34 @@ async def test_hanging_endpoint_is_left_by_an_impatient_caller(here: Here) -> No
 
 
 @pytest.mark.slow
+async def test_image_whose_bytes_hang_keeps_no_other_waiting(
+    here: Here, nursery: trio.Nursery, expected_warnings: Callable[..., None]
+) -> None:
+    """[I6] Its requests look like a dead endpoint; a probe that is not one of them finds out that it is not."""
+    expected_warnings("no Glance answers")
+    hung = here.glance.add_image(DATA)
+    here.glance.faults = FaultPlan(FaultRule("delay", image_id=hung.id))
+    async with aclosing(make_client(here.url, connections_max=12, first_byte_timeout_s=0.5)) as client:
+
+        async def hang() -> None:
+            while True:
+                with suppress(GlanceUnavailable):
+                    async with client.open_range(hung.id, 0, 10, size_bytes=SIZE):
+                        raise AssertionError("its bytes hang")
+
+        for _ in range(6):
+            nursery.start_soon(hang)
+        slowest_s = 0.0
+        for number in range(40):
+            began_s = trio.current_time()
+            assert await here.read(number, number + 5000, client) == DATA[number : number + 5000]
+            slowest_s = max(slowest_s, trio.current_time() - began_s)
+            await trio.sleep(0.1)
+        assert slowest_s < 1.4, "longer than one of the hung requests"
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.slow
 async def test_cancelled_reads_leave_the_pool_usable(here: Here) -> None:
     """Cancelled before the answer, within the body and while the reader does something else."""
     here.glance.faults = FaultPlan(
