@@ -150,19 +150,23 @@ class OpenImages:
         unpublish: called when it is certain, before anything is removed.  Raises InUse where it is open, OSError
         where the disk fails.
         """
-        freed_bytes = await self._disk.read(self._cache.allocated_bytes, key, limiter=self._limiter)
         async with self._opening.setdefault(key, trio.Lock()):
-            image = self._images.get(key)
-            if image is not None and image.open_handles:
-                raise InUse(f"image {record.id}: open by {image.open_handles} handles; end its guests first")
-            if key in self._handles:
-                raise InUse(f"image {record.id}: open by {self._handles[key]} handles; end its guests first")
+            self._check_unused(record, key)
+            # A disk that fails does so here, before anything has changed.
+            freed_bytes = await self._disk.read(self._cache.allocated_bytes, key, limiter=self._limiter)
+            self._check_unused(record, key)
             # From here on nobody finds it; no `await` between the check and this.
             unpublish()
-            if image is not None:
+            if key in self._images:
                 self.close(key)
             await self._disk.write(self._cache.remove_image, key, limiter=self._limiter)
         return freed_bytes
+
+    def _check_unused(self, record: ImageRecord, key: str) -> None:
+        image = self._images.get(key)
+        handles = self._handles.get(key, 0) if image is None else image.open_handles
+        if handles:
+            raise InUse(f"image {record.id}: open by {handles} handles; end its guests first")
 
     def busy_keys(self) -> set[str]:
         """Return the images that are open to guests, or being fetched."""
