@@ -131,9 +131,13 @@ class Mount:
 
     def stop(self) -> int:
         """SIGTERM, as systemd does; return the exit code."""
+        self.begin_stop()
+        return self.wait_ended()
+
+    def begin_stop(self) -> None:
+        """SIGTERM, and wait for nothing."""
         assert self._process is not None
         self._process.send_signal(signal.SIGTERM)
-        return self.wait_ended()
 
     def wait_ended(self) -> int:
         """Return the exit code of `lazyimg mount`."""

@@ -134,6 +134,17 @@ class DiskHealth:
         operation.scope.shield = True
         return await self._run(operation, function, args, limiter)
 
+    async def still_answers(self) -> bool:
+        """Return False if the disk hangs; asked before an end that would wait for it."""
+        if not self.may_read and self._in_threads():
+            return False
+        operation = _Operation("probe", self._clock())
+        try:
+            await self._run(operation, self._probe, (), self._probing, is_probe=True)
+        except OSError:
+            return not operation.scope.cancel_called
+        return True
+
     @contextmanager
     def until_back(self) -> Iterator[None]:
         """Leave the block when the disk, bypassed at its begin, is used again."""

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from faulty_disk import CHANGES, SYNCS, FaultyDisk
-from real_mount import Mount, lazyimg, read_direct, wait_until
+from real_mount import Mount, is_mounted, lazyimg, read_direct, wait_until
 from served_glance import MIB, ServedGlance, ServedImage
 
 pytestmark = pytest.mark.slow
@@ -222,3 +222,21 @@ def test_bad_disk_without_glance_waits_for_either(
         check(mount, image, *range(4))
     finally:
         faulty_disk.heal()
+
+
+def test_hanging_disk_does_not_keep_the_mount(
+    faulty_disk: FaultyDisk, mount: Mount, glance: ServedGlance, whole: ServedImage
+) -> None:
+    """[I6] While the disk hangs the mount can be ended; what is left of the daemon ends with what hangs."""
+    # Not the index: unlike a disk, this file system lets nobody close a mapped file of its own while it hangs.
+    for path in ("cache/chunks/*", "cache/probe"):
+        faulty_disk.strike(path=path, hang=True)
+    check(mount, whole, 0)
+    assert state(mount) == "bypass"
+    mount.begin_stop()
+    wait_until(lambda: not is_mounted(mount.path), "the mount's end", 2 * TIMEOUT_S + GRACE_S)
+    wait_until(
+        lambda: "ending without closing the cache" in mount.log(), "the daemon's end", 2 * TIMEOUT_S + GRACE_S
+    )
+    faulty_disk.heal()
+    assert mount.wait_ended() == 0

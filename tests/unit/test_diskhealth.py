@@ -292,3 +292,19 @@ async def test_bug_in_a_probe_ends_nothing(rig: Rig, expected_warnings: Callable
         await rig.look(PROBE_PAUSE_S * 20)
     assert rig.probes == 5
     assert rig.state != "normal"
+
+
+async def test_disk_is_asked_before_the_end(
+    rig: Rig, autojump_clock: MockClock, expected_warnings: Callable[..., None]
+) -> None:
+    """A disk that fails still answers; one that hangs does not, and is not asked a second time."""
+    expected_warnings("takes longer")
+    assert await rig.disk.still_answers()
+    rig.error = OSError(errno.EIO, "injected")
+    assert await rig.disk.still_answers()
+    rig.error = None
+    await rig.hang()
+    rig.now_s += TIMEOUT_S + 1
+    async with rig.disk.watched():
+        await wait_all_tasks_blocked()
+        assert not await rig.disk.still_answers()
