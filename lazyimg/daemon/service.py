@@ -176,15 +176,6 @@ async def _serve(
             await nursery.start(space.keep_room, catalog.busy_keys, catalog.try_evict)
             nursery.start_soon(_again_after_faults, _commit_now_and_then, catalog)
             nursery.start_soon(_again_after_faults, glance.keep_probing)
-            nursery.start_soon(_again_after_faults, watch.run, catalog)
-            # What hydration fetches and what it is compared with are paid for together.
-            pace = Pace(config.hydrate_rate)
-            source = Source(glance, shared.slots, pace) if config.hydrate else None
-            check = SourceCheck(catalog, disk, trio.CapacityLimiter(1), source, bytes_per_s=config.hash_rate)
-            nursery.start_soon(_again_after_faults, check.run)
-            if config.hydrate:
-                hydrator = Hydrator(catalog, space, disk, pace, delay_s=config.hydrate_delay)
-                nursery.start_soon(_again_after_faults, hydrator.run)
             nursery.start_soon(_unmount_on_signals, handover.mountpoint)
             upper = Upper(fds["upper"], handles, store)
             found = (stored_file(name, fd) for name, fd in stored.items())
@@ -200,6 +191,16 @@ async def _serve(
                 _serve_fuse, session, make_filesystem, nursery.cancel_scope
             )
             nursery.start_soon(_again_after_faults, link.listen)
+            # From here on the kernel can be told to forget what one of these finds wrong.
+            nursery.start_soon(_again_after_faults, watch.run, catalog)
+            # What hydration fetches and what it is compared with are paid for together.
+            pace = Pace(config.hydrate_rate)
+            source = Source(glance, shared.slots, pace) if config.hydrate else None
+            check = SourceCheck(catalog, disk, trio.CapacityLimiter(1), source, bytes_per_s=config.hash_rate)
+            nursery.start_soon(_again_after_faults, check.run)
+            if config.hydrate:
+                hydrator = Hydrator(catalog, space, disk, pace, delay_s=config.hydrate_delay)
+                nursery.start_soon(_again_after_faults, hydrator.run)
             stuck = StuckRequests(_waiting_path(handover.mountpoint), fds["fuse"], filesystem.in_flight)
             nursery.start_soon(_again_after_faults, stuck.watch)
             nursery.start_soon(_again_after_faults, dump_on_signal, filesystem.in_flight)

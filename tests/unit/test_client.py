@@ -17,11 +17,12 @@ from lazyimg.errors import (
     ImageNotFound,
     LazyImgError,
     RangesNotSupported,
+    SourceDoubted,
     WholeBody,
 )
 from lazyimg.glance.client import LIST_PAGE_IMAGES
 from lazyimg.glance.records import BadRecord, parse_json, parse_list, parse_record
-from lazyimg.glance.replies import RETRY_AFTER_S_MAX, check_range, check_stream, refusal
+from lazyimg.glance.replies import RETRY_AFTER_S_MAX, check_content, check_range, check_stream, refusal
 
 SIZE = 1000
 GOOD = {"content-range": "bytes 100-199/1000", "content-length": "100"}
@@ -30,6 +31,31 @@ GOOD = {"content-range": "bytes 100-199/1000", "content-length": "100"}
 def judge(status: int, headers: dict[str, str]) -> None:
     """Judge a reply to a request for [100, 200) of SIZE."""
     check_range(status, headers, 100, 200, SIZE, "image x")
+
+
+MD5 = "0123456789abcdef" * 2
+
+
+@pytest.mark.parametrize(
+    ("headers", "checksum"),
+    [
+        ({"content-md5": MD5}, MD5),
+        ({"content-md5": MD5.upper()}, MD5),
+        ({}, MD5),
+        ({"content-md5": "f" * 32}, None),
+        # As RFC 1864 has it: of the body, in base64.
+        ({"content-md5": "Q2hlY2sgSW50ZWdyaXR5IQ=="}, MD5),
+    ],
+)
+def test_content_that_may_be_the_images_passes(headers: dict[str, str], checksum: str | None) -> None:
+    """A Content-MD5 that is the image's checksum, or says nothing of it, is no objection."""
+    check_content(headers, checksum, "image x")
+
+
+def test_content_of_another_image_is_doubted() -> None:
+    """[I1] Glance sends the whole image's checksum with each range; another one's is another image's."""
+    with pytest.raises(SourceDoubted, match=f"whose checksum is {'f' * 32}, not {MD5}"):
+        check_content({"content-md5": "f" * 32}, MD5, "image x")
 
 
 @pytest.mark.parametrize(

@@ -128,13 +128,14 @@ async def test_read_fails_with_the_fetchers_error(
 async def test_damaged_chunk_is_fetched_again(
     rig: ImageRig, image: LazyImage, expected_warnings: Callable[..., None]
 ) -> None:
-    """[I1] A flipped bit on disk is found and fetched again, and its neighbours are kept."""
+    """[I1] A flipped bit on disk is found and fetched again, its neighbours are kept, the kernel's pages are not."""
     expected_warnings("damaged chunks dropped")
     await make_present(rig, image, 1, 2, 3)
     damage(rig.file.path, 2)
     again = rig.open_again(image)
     assert await again.read(CHUNK, 3 * CHUNK) == WHOLE[CHUNK : 4 * CHUNK]
     assert asked_chunks(rig) & {1, 2, 3} == {2}
+    assert rig.forgotten == [again.inode]
     await rig.wait_written()
     assert await again.read(CHUNK, 3 * CHUNK) == WHOLE[CHUNK : 4 * CHUNK]
 
@@ -344,6 +345,7 @@ async def test_verify_drops_what_is_damaged(rig: ImageRig, expected_warnings: Ca
     damage(rig.file.path, 1)
     damage(rig.file.path, 4)
     assert await image.verify(lambda done, total: None) == (2, "unknown")
+    assert rig.forgotten == [image.inode]
     assert not image.is_whole
     assert await image.read(0, 5 * CHUNK) == content(1, 0, 5 * CHUNK)
 

@@ -1,0 +1,91 @@
+"""The kernel is told to forget, in a thread, and no failure of that ends anything."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+
+import pyfuse3
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from lazyimg.daemon.kernelpages import THREADS_MAX, KernelPages
+
+
+class Kernel:
+    """Stands for pyfuse3.invalidate_inode: blocks until it is let go, as the kernel does while pages are read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[int] = []
+        self.threads: set[int] = set()
+        self.go = threading.Event()
+        self.error: Exception | None = None
+        monkeypatch.setattr(pyfuse3, "invalidate_inode", self.invalidate)
+
+    def invalidate(self, inode: int) -> None:
+        self.asked.append(inode)
+        self.threads.add(threading.get_ident())
+        assert self.go.wait(10)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    return Kernel(monkeypatch)
+
+
+async def settle(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(10):
+        while not condition():
+            await wait_all_tasks_blocked(0.001)
+
+
+async def test_forgetting_never_blocks_the_loop(kernel: Kernel, nursery: trio.Nursery) -> None:
+    """[I6] The kernel may wait for a read in flight, which only the loop answers: so another thread asks it."""
+    pages = KernelPages(nursery)
+    pages.forget_nowait(7)
+    await settle(lambda: kernel.asked == [7])
+    assert threading.get_ident() not in kernel.threads
+    kernel.go.set()
+
+
+async def test_what_is_found_meanwhile_is_forgotten_again(kernel: Kernel, nursery: trio.Nursery) -> None:
+    """Pages that came after a forgetting began are forgotten by the next, however often it is asked for."""
+    pages = KernelPages(nursery)
+    pages.forget_nowait(7)
+    await settle(lambda: kernel.asked == [7])
+    for _ in range(5):
+        pages.forget_nowait(7)
+    await settle(lambda: kernel.asked == [7, 7])
+    await wait_all_tasks_blocked(0.01)
+    assert kernel.asked == [7, 7]
+    kernel.go.set()
+
+
+async def test_threads_are_bounded(kernel: Kernel, nursery: trio.Nursery) -> None:
+    """[I5] However many images are forgotten at once, threads are few, and all have their turn."""
+    pages = KernelPages(nursery)
+    for inode in range(3 * THREADS_MAX):
+        pages.forget_nowait(inode)
+    await settle(lambda: len(kernel.asked) == THREADS_MAX)
+    await wait_all_tasks_blocked(0.01)
+    assert len(kernel.asked) == THREADS_MAX
+    kernel.go.set()
+    await settle(lambda: sorted(kernel.asked) == list(range(3 * THREADS_MAX)))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOENT, "unknown"), RuntimeError("no session")])
+async def test_no_failure_ends_the_daemon(
+    kernel: Kernel, nursery: trio.Nursery, error: Exception, expected_warnings: Callable[..., None]
+) -> None:
+    """[I6] An inode that the kernel does not know has no pages; anything else is told in the log."""
+    if isinstance(error, RuntimeError):
+        expected_warnings("inode 7: the kernel was not told to forget it")
+    kernel.error = error
+    kernel.go.set()
+    KernelPages(nursery).forget_nowait(7)
+    await settle(lambda: kernel.asked == [7])
+    await wait_all_tasks_blocked(0.01)
