@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from faulty_disk import FaultyDisk
 from real_mount import Mount, wait_until
 from served_glance import ServedGlance
 
 from lazyimg.demo.faults import FaultRule
+from lazyimg.logs import BURST_LINES
 
 MIB = 1 << 20
 # Far above what an answer takes on a busy machine, far below what the reads wait.
@@ -98,3 +100,23 @@ def test_dump_while_a_read_hangs(
     assert re.search(r"image/lazyimage\.py:\d+ read$", dump, re.MULTILINE)
     assert read.result(60) == image.content[4 * MIB : 4 * MIB + 4096]
     assert mount.status()["daemon_pid"] == pid
+
+
+# Glance stops; 60 reads of absent chunks wait for `read_timeout`, each gets EIO, each would say so in the log.
+# → the log has a burst of them; status and the daemon go on.
+def test_storm_of_failed_reads_does_not_flood_the_log(
+    make_mount: Callable[..., Mount], make_glance: Callable[..., ServedGlance]
+) -> None:
+    """[I5] A fault that befalls many reads writes a burst of lines, not one for each."""
+    glance = make_glance()
+    image = glance.add(16 * MIB)
+    mount = make_mount(glance, read_timeout=1)
+    mount.path_of(image).stat()
+    glance.stop()
+    reads = [mount.read_later(image, 2 * MIB + number * 65536, 4096) for number in range(60)]
+    for read in reads:
+        with pytest.raises(OSError, match="Input/output error"):
+            read.result(60)
+    told = [line for line in mount.log().splitlines() if "did not come within" in line]
+    assert len(told) == BURST_LINES
+    assert mount.status()["reads_in_flight"] == 0
