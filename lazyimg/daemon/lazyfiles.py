@@ -27,10 +27,17 @@ class LazyFiles:
     """The images of `catalog` in the mount's root folder.
 
     `permissions` and `owner` (user and group, asked each time) are what all of them show; `handles` outlive us.
+    `mtime_shift_ns`: of an inode, as of KernelPages.
     """
 
     def __init__(
-        self, catalog: Catalog, permissions: int, owner: Callable[[], tuple[int, int]], handles: Handles
+        self,
+        catalog: Catalog,
+        permissions: int,
+        owner: Callable[[], tuple[int, int]],
+        handles: Handles,
+        *,
+        mtime_shift_ns: Callable[[int], int],
     ) -> None:
         # By inode number; filled when they are looked up or opened, so that a read finds its own at once.
         self.images: dict[int, LazyImage] = {}
@@ -38,6 +45,7 @@ class LazyFiles:
         self._permissions = permissions
         self._owner = owner
         self._handles = handles
+        self._mtime_shift_ns = mtime_shift_ns
 
     # ── names ──
 
@@ -148,7 +156,7 @@ class LazyFiles:
             self._owner(),
             image.size_bytes,
             image.present_bytes,
-            mtime_ns,
+            mtime_ns + self._mtime_shift_ns(image.inode),
         )
 
 

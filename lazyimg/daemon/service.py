@@ -144,6 +144,7 @@ async def _serve(
         link = HolderLink(orders, handover, fds, store, session)
         async with disk.watched(), trio.open_nursery() as nursery:
             watch = RecordWatch(glance)
+            pages = KernelPages(nursery)
             maker = ImageMaker(
                 glance,
                 space,
@@ -157,7 +158,7 @@ async def _serve(
                     config.retry_pause_max,
                     config.tables_memory_max,
                 ),
-                forget_pages=KernelPages(nursery).forget_nowait,
+                forget_pages=pages.forget_nowait,
                 has_news=watch.wake,
             )
             catalog = Catalog(
@@ -181,7 +182,13 @@ async def _serve(
             found = (stored_file(name, fd) for name, fd in stored.items())
             upper.files.take_over(one for one in found if one is not None)
             owner = None if config.image_owner is None else parse_owner(config.image_owner)
-            lazy = LazyFiles(catalog, int(config.image_mode, 8), lambda: owner or upper.owner, handles)
+            lazy = LazyFiles(
+                catalog,
+                int(config.image_mode, 8),
+                lambda: owner or upper.owner,
+                handles,
+                mtime_shift_ns=pages.mtime_shift_ns,
+            )
 
             def make_filesystem(after_answers: trio.Nursery) -> Filesystem:
                 limiter = trio.CapacityLimiter(config.upper_threads)

@@ -13,7 +13,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,12 @@ from real_mount import Mount, lazyimg, read_direct, wait_until
 from served_glance import MIB, ServedGlance, ServedImage
 from store_images import damage
 
+from lazyimg.demo.faults import FaultRule
+
 pytestmark = pytest.mark.slow
 
 CHUNK = 1 << 16
+KERNEL = tuple(map(int, os.uname().release.split(".")[:2]))
 
 
 @pytest.fixture
@@ -100,6 +105,39 @@ def test_changed_chunk_is_fetched_again(stopped: tuple[Mount, ServedImage], glan
     wait_until(lambda: mount.status_of(image)["state"] == "whole", "the chunk's return", 20)
     result = lazyimg("verify", image.id, "--control", mount.control)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(KERNEL < (6, 9), reason="Linux 6.9 is missing here: it sends requests again")
+def test_daemon_killed_while_the_kernel_is_to_forget_pages_is_replaced(
+    make_mount: Callable[..., Mount], make_glance: Callable[..., ServedGlance]
+) -> None:
+    """[I9] Damage is found while a read through the page cache waits, and the daemon dies: the next one answers.
+
+    1. A chunk is stored, and changed on disk while no daemon runs.
+    2. Glance stalls; a guest's buffered read of an absent chunk waits, its page locked by the kernel.
+    3. The changed chunk is read and found: the kernel is to forget the image's pages.
+    4. SIGKILL: the daemon ends, another takes over, and with Glance back both reads are right.
+    """
+    glance = make_glance()
+    image = glance.add(8 * MIB)
+    mount = make_mount(glance, hydrate=False)
+    assert read_direct(mount.path_of(image), 0, CHUNK) == image.content[:CHUNK]
+    assert mount.stop() == 0
+    (path,) = chunk_files(mount)
+    damage(path, 0)
+    mount.start()
+    glance.fail(FaultRule("stall", seconds=600))
+    with ThreadPoolExecutor(1) as pool, mount.path_of(image).open("rb", buffering=0) as guest:
+        buffered = pool.submit(os.pread, guest.fileno(), CHUNK, 4 * MIB)
+        wait_until(lambda: mount.status_of(image).get("waiting_chunks"), "a read that waits", 20)
+        direct = mount.read_later(image, 0, CHUNK)
+        wait_until(lambda: "damaged chunks dropped" in mount.log(), "the damage found", 20)
+        # Long enough for a thread of it to be in the kernel.
+        time.sleep(0.5)
+        mount.new_daemon(mount.kill_daemon())
+        glance.fail()
+        assert direct.result(30) == image.content[:CHUNK]
+        assert buffered.result(30) == image.content[4 * MIB : 4 * MIB + CHUNK]
 
 
 def test_zeroed_chunk_file_shows_no_zeros(stopped: tuple[Mount, ServedImage]) -> None:
