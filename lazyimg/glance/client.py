@@ -23,7 +23,9 @@ from lazyimg.glance.replies import check_content, check_range, check_stream, has
 
 # Largest bodies read whole.  A record is 1 to 2 KB, with long properties some tens of KB.
 RECORD_BYTES_MAX = 1 << 20
-LIST_BYTES_MAX = 8 << 20
+PAGE_BYTES_MAX = 8 << 20
+# All pages together: some 60,000 records.
+LIST_BYTES_MAX = 128 << 20
 # Images asked for per page of the list: parsing one takes about 3 ms of the event loop.
 LIST_PAGE_IMAGES = 250
 # Bounds of a list that does not end; no known cloud has near as many images.
@@ -83,9 +85,9 @@ class GlanceClient:
     async def image(self, image_id: str) -> ImageRecord:
         """Return Glance's record of the image.  Raises ImageNotFound or ImageForbidden too."""
         what = f"image {image_id}"
-        fields = await self._json(f"/v2/images/{quote(image_id, safe='')}", what, RECORD_BYTES_MAX)
+        body = await self._body(f"/v2/images/{quote(image_id, safe='')}", what, RECORD_BYTES_MAX)
         try:
-            record = parse_record(fields)
+            record = parse_record(parse_json(body))
         except BadRecord as exc:
             raise GlanceUnavailable(f"{what}: Glance's record is unusable: {exc}") from exc
         if record.id != image_id:
@@ -169,14 +171,17 @@ class GlanceClient:
 
     async def _list(self, query: Mapping[str, str]) -> AsyncIterator[ImageRecord]:
         seen = set()
+        left_bytes = LIST_BYTES_MAX
         for _ in range(LIST_PAGES_MAX):
             text = urlencode(query)
             if text in seen:
                 raise GlanceUnavailable("list of images: Glance's pages lead back to an earlier one")
             seen.add(text)
             try:
-                fields = await self._json(f"/v2/images?{text}", "list of images", LIST_BYTES_MAX)
-                records, following = parse_list(fields)
+                page_bytes_max = min(PAGE_BYTES_MAX, left_bytes)
+                body = await self._body(f"/v2/images?{text}", "list of images", page_bytes_max)
+                left_bytes -= len(body)
+                records, following = parse_list(parse_json(body))
             except (ImageNotFound, BadRecord) as exc:
                 # Not found: the image that marked the page was deleted meanwhile.
                 raise GlanceUnavailable(f"list of images: a page is unusable: {exc}") from exc
@@ -188,17 +193,15 @@ class GlanceClient:
             query = dict(parse_qsl(urlsplit(following).query))
         raise GlanceUnavailable(f"list of images: it has more than {LIST_PAGES_MAX} pages")
 
-    async def _json(self, path: str, what: str, bytes_max: int) -> Mapping[str, object]:
+    async def _body(self, path: str, what: str, bytes_max: int) -> bytes:
+        """Return a body whole."""
         async with self._asking.reply(Get(path, what)) as reply:
             if reply.status_code != 200:
                 raise GlanceUnavailable(f"{what}: Glance answered {reply.status_code}, not 200")
             body = await self._asking.beginning(reply, bytes_max + 1, what)
         if len(body) > bytes_max:
             raise GlanceUnavailable(f"{what}: Glance's answer is longer than {bytes_max} bytes")
-        try:
-            return parse_json(body)
-        except BadRecord as exc:
-            raise GlanceUnavailable(f"{what}: Glance's answer is unusable: {exc}") from exc
+        return body
 
     async def _exactly(self, reply: Reply, length: int, what: str) -> AsyncGenerator[bytes, None]:
         """Yield the body; raise GlanceUnavailable unless it is `length` bytes, and never yield more."""

@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -50,6 +50,8 @@ class Ask:
 
     endpoint: str
     is_probe: bool
+    # Of that endpoint; kept here since another login may have named others by the time the answer comes.
+    breaker: Breaker = field(repr=False, compare=False)
 
 
 class Endpoints:
@@ -127,7 +129,7 @@ class Endpoints:
     @contextmanager
     def attempt(self, ask: Ask, what: str) -> Iterator[None]:
         """Ask inside the block: to leave it is an answer, to raise GlanceUnavailable is none."""
-        breaker = self._breakers[ask.endpoint]
+        breaker = ask.breaker
         began_s, state_before = trio.current_time(), breaker.state
         try:
             yield
@@ -164,7 +166,7 @@ class Endpoints:
         if self._avoided_until:
             now_s = trio.current_time()
             closed.sort(key=lambda endpoint: self._avoided_until.get(endpoint, -math.inf) > now_s)
-        return [Ask(endpoint, is_probe=False) for endpoint in closed]
+        return [Ask(endpoint, False, self._breakers[endpoint]) for endpoint in closed]
 
     def _probe_nowait(self, endpoints: Iterable[str]) -> Ask | None:
         """Return an endpoint whose pause is over, to be asked once by who called."""
@@ -172,7 +174,7 @@ class Endpoints:
         for endpoint in endpoints:
             breaker = self._breakers[endpoint]
             if not breaker.is_closed and breaker.may_ask(now_s):
-                return Ask(endpoint, is_probe=True)
+                return Ask(endpoint, True, breaker)
         return None
 
     def _answered(self, endpoint: str, breaker: Breaker) -> None:

@@ -212,6 +212,9 @@ async def test_another_login_may_name_other_endpoints(autojump_clock: MockClock)
     await servers.ask()
     assert servers.states == ["open", "closed"]
     assert servers.asked[-1] == "http://three"
-    servers.urls = ("http://three",)
+    late = (await servers.endpoints.wait_usable(servers.urls, "image x", may_wait=False))[0]
+    servers.urls = ("http://four",)
     await servers.ask()
+    # Sent before the other login, answered after it.
+    await servers.attempt(late)
     assert servers.states == ["closed"]
