@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from passthrough_fs import CHANGES, LOOKS, SYNCS
+from disk_strikes import CHANGES, LOOKS, SYNCS
 from real_mount import is_mounted
 
 from lazyimg.demo.programs import wait_first_line

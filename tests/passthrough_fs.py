@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import fnmatch
 import functools
 import json
 import os
@@ -41,36 +40,20 @@ import stat
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyfuse3
 import trio
+from disk_strikes import Strikes
 
-CHANGES = ("write", "truncate", "setattr", "create", "mkdir", "link", "unlink", "rmdir", "rename")
-SYNCS = ("fsync", "fsyncdir")
-LOOKS = ("lookup", "getattr", "open", "opendir", "readdir", "read", "statfs")
-OPS = (*LOOKS, *CHANGES, *SYNCS)
 # A file whose mappings must work; mapped files cannot be read past the page cache.
 MAPPED_SUFFIX = "-shm"
 # Requests that hang or wait must not keep others from being taken.
 TASKS_MAX = 1000
 
 Handler = Callable[..., Coroutine[Any, Any, Any]]
-
-
-@dataclass(slots=True)
-class Strike:
-    """What befalls some operations; see the module."""
-
-    ops: frozenset[str]
-    path: str
-    error: int
-    hang: bool
-    delay_s: float
-    count: int | None
-    healed: trio.Event = field(default_factory=trio.Event)
 
 
 @dataclass(slots=True)
@@ -112,23 +95,9 @@ class PassThrough(pyfuse3.Operations):
         self._by_identity = {_identity(os.fstat(root.fd)): root}
         self._next_number = root.number + 1
         self._node_of_handle: dict[int, int] = {}
-        self._strikes: list[Strike] = []
-        self.hanging = self.struck = 0
+        self.strikes = Strikes()
 
     # ── strikes and record ──
-
-    def strike(self, request: dict[str, Any]) -> None:
-        """Begin to strike; see the module."""
-        ops = frozenset(request["ops"] or OPS)
-        assert ops <= set(OPS), ops
-        keys = ("path", "error", "hang", "delay_s", "count")
-        self._strikes.append(Strike(ops, *(request[key] for key in keys)))
-
-    def heal(self) -> None:
-        """End all strikes."""
-        for strike in self._strikes:
-            strike.healed.set()
-        self._strikes.clear()
 
     def note(self, *record: object) -> None:
         """Append to the record."""
@@ -138,27 +107,8 @@ class PassThrough(pyfuse3.Operations):
 
     async def _befall(self, op: str, node: int, name: bytes = b"") -> None:
         """Let what is to befall an operation befall it."""
-        if not self._strikes:
-            return
-        path = self._path(node, name)
-        for strike in self._strikes:
-            if op in strike.ops and fnmatch.fnmatchcase(path, strike.path) and strike.count != 0:
-                break
-        else:
-            return
-        self.struck += 1
-        if strike.count is not None:
-            strike.count -= 1
-        if strike.delay_s:
-            await trio.sleep(strike.delay_s)
-        if strike.hang:
-            self.hanging += 1
-            try:
-                await strike.healed.wait()
-            finally:
-                self.hanging -= 1
-        if strike.error:
-            raise pyfuse3.FUSEError(strike.error)
+        if self.strikes.any:
+            await self.strikes.befall(op, self._path(node, name))
 
     def _path(self, node: int, name: bytes) -> str:
         path = os.readlink(f"/proc/self/fd/{self._nodes[node].fd}").removesuffix(" (deleted)")
@@ -393,13 +343,13 @@ async def _answer(operations: PassThrough, stream: trio.SocketStream) -> None:
     request, reply = json.loads(text), {}
     match request["do"]:
         case "strike":
-            operations.strike(request)
+            operations.strikes.begin(request)
         case "heal":
-            operations.heal()
+            operations.strikes.heal()
         case "mark":
             operations.note("mark", request["text"])
         case "status":
-            reply = {"hanging": operations.hanging, "struck": operations.struck}
+            reply = {"hanging": operations.strikes.hanging, "struck": operations.strikes.struck}
         case other:
             reply = {"error": f"{other!r} is no request"}
     await stream.send_all(json.dumps(reply).encode() + b"\n")

@@ -7,7 +7,7 @@
     ├── sidecars/          see sidecar.py
     ├── chunks/            <key>.<generation>: sparse files of the presented size, 0600
     ├── probe              there while the disk is probed
-    └── aside/             what was found damaged, for a human; bounded
+    └── aside/             see aside.py
 
 Guards "what is not proven is fetched again": a file that is not exactly what the index says is never opened.
 Nothing here is trusted for its name: files are opened by the folder's descriptor, and only if they are ours alone.
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lazyimg.errors import CacheUnusable, InUse
+from lazyimg.store.aside import Aside
 from lazyimg.store.chunkfile import READ_BYTES_MAX, ChunkFile
 from lazyimg.store.descriptor import FILES_MAX, Descriptor, DescriptorLimit
 from lazyimg.store.entry import ImageEntry
@@ -36,9 +37,6 @@ from lazyimg.store.sidecar import Sidecars
 
 FORMAT_VERSION = 1
 _VERSION_TEXT = f"{FORMAT_VERSION}\n".encode()
-# Evidence for a human, not worth more than this of the cache's disk.
-ASIDE_COUNT_MAX = 8
-ASIDE_BYTES_MAX = 256 << 20
 # What a cache of another version, or one whose version is lost, may hold for us to take it for one.
 _FOLDERS = ("index", "sidecars", "chunks")
 _NAMES = {"version", "version.part", "lock", "aside", "probe", *_FOLDERS}
@@ -85,7 +83,7 @@ class CacheDir:
         # Held while a file is opened or removed, so that no image ever has two ChunkFiles.
         self._open_lock = threading.Lock()
         # Damaged chunks of files that are closed by now.
-        self._damaged_count = self._set_aside_count = self._removed_count = 0
+        self._damaged_count = self._removed_count = 0
         self._folders: list[PrivateFolder] = []
         try:
             self._root = self._held(PrivateFolder.open(path))
@@ -113,13 +111,13 @@ class CacheDir:
         """Make of a locked folder a cache that is open."""
         # What guests' images hold is nobody else's business.
         os.fchmod(self._root.fd, 0o700)
-        self._aside = self._held(self._root.folder("aside"))
+        self._aside = Aside(self._held(self._root.folder("aside")))
         if is_other_version:
             log.warning(
                 "cache %s is of another version, set aside: all images will be fetched again", self.path
             )
             for name in _FOLDERS:
-                self._set_aside(self._root, name)
+                self._aside.take(self._root, name)
         # Before there is anything it could be wrong about.
         if self._root.read("version", _VERSION_BYTES_MAX) != _VERSION_TEXT:
             self._root.replace("version", _VERSION_TEXT, is_durable=True)
@@ -134,7 +132,7 @@ class CacheDir:
         """Return a snapshot of what was found amiss since this process opened the folder."""
         damaged_count = self._damaged_count + sum(file.damaged_count for file in list(self._open.values()))
         return CacheStatistics(
-            damaged_count, self.index.rebuilt_count, self._set_aside_count, self._removed_count
+            damaged_count, self.index.rebuilt_count, self._aside.count, self._removed_count
         )
 
     @staticmethod
@@ -301,7 +299,7 @@ class CacheDir:
             path = self._path_of(entry)
             log.warning("chunk file %s set aside: %s; its image will be fetched again", path, problem)
             try:
-                self._set_aside(self._chunks, path.name)
+                self._aside.take(self._chunks, path.name)
             except OSError as exc:
                 # Nobody will open it under its old generation, and the next start removes it.
                 log.warning("chunk file %s stays where it is: %s", path, exc)
@@ -327,7 +325,7 @@ class CacheDir:
                 log.warning("cache index set aside: %s", exc)
             finally:
                 folder.close()
-            self._set_aside(self._root, "index")
+            self._aside.take(self._root, "index")
         raise AssertionError("unreachable")
 
     def _remove_unknown_files(self) -> None:
@@ -342,22 +340,6 @@ class CacheDir:
                 else:
                     log.info("chunk file %s removed: the index does not know it", name)
                     self._removed_count += 1
-
-    def _set_aside(self, folder: PrivateFolder, name: str) -> None:
-        """Move a file or folder to `aside/`, and remove the oldest there above its limits."""
-        try:
-            moved = folder.move(name, self._aside)
-        except FileNotFoundError:
-            return
-        self._set_aside_count += 1
-        folder.sync()
-        os.utime(moved, dir_fd=self._aside.fd, follow_symlinks=False)
-        kept = sorted(self._aside.names(), key=lambda one: self._aside.stat(one).st_mtime_ns, reverse=True)
-        total_bytes = 0
-        for count, one in enumerate(kept, 1):
-            total_bytes += self._aside.allocated_bytes(one)
-            if count > ASIDE_COUNT_MAX or total_bytes > ASIDE_BYTES_MAX:
-                self._aside.remove(one)
 
 
 def _name_of(entry: ImageEntry) -> str:

@@ -13,7 +13,7 @@ from store_images import chunks_content, content, image_entry, open_new
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES as CHUNK
 from lazyimg.errors import CacheUnusable, InUse
-from lazyimg.store import cachedir
+from lazyimg.store import aside
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.folder import PrivateFolder
 
@@ -250,7 +250,7 @@ def test_what_is_set_aside_is_bounded(
 ) -> None:
     """Only the newest of what was set aside are kept, and none that are too large."""
     expected_warnings("set aside")
-    monkeypatch.setattr(cachedir, "ASIDE_COUNT_MAX", 2)
+    monkeypatch.setattr(aside, "ASIDE_COUNT_MAX", 2)
     names = []
     for _ in range(4):
         file = fill(cache)
@@ -260,7 +260,7 @@ def test_what_is_set_aside_is_bounded(
         names.append(file.name)
     kept = sorted(one.name.rsplit(".", 1)[0] for one in path.glob("aside/*"))
     assert kept == sorted(names[2:])
-    monkeypatch.setattr(cachedir, "ASIDE_BYTES_MAX", CHUNK)
+    monkeypatch.setattr(aside, "ASIDE_BYTES_MAX", CHUNK)
     _short(fill(cache))
     cache.open_image(KEY)
     assert list(path.glob("aside/*")) == []
