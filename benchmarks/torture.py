@@ -13,6 +13,7 @@ import json
 import os
 import random
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ import lazyimg_process
 import machine
 from lazyimg_process import LAZYIMG, Mounted
 from torture_images import MIB, TorturedImage, make_images
-from torture_strikes import STRIKES, FaultyDisk, Torture, TorturedGlance, children_of
+from torture_strikes import STRIKES, FaultyDisk, Torture, TorturedGlance, processes_of
 from torture_tally import Count, Tally
 
 from lazyimg.control import ControlClient
@@ -90,6 +91,7 @@ def torture(options: argparse.Namespace, work_dir: Path) -> int:
     (folder / "_base" / "folder").mkdir(parents=True)
     disk = FaultyDisk(work_dir / "disk")
     with (
+        _aborted(work_dir),
         _ended(disk),
         _kept(folder / "lazyimg.log", options.log),
         (work_dir / "glance.log").open("ab") as glance_log,
@@ -97,7 +99,7 @@ def torture(options: argparse.Namespace, work_dir: Path) -> int:
         lazyimg_process.mount(glance.url, folder, cache_dir=disk.path, may_be_replaced=True) as mounted,
     ):
         first_look(mounted, images)
-        begin = takes(mounted)
+        begin = takes()
         strikes = Torture(options.seed, mounted, glance, disk, images)
         with Workers(options.seed, mounted, images) as workers:
             strikes.start(options.strikes.split(","))
@@ -105,7 +107,7 @@ def torture(options: argparse.Namespace, work_dir: Path) -> int:
             strikes.stop()
             workers.end()
         problems = workers.problems + last_look(mounted, images)
-        end = takes(mounted)
+        end = takes()
         machine.run(LAZYIMG, "umount", mounted.mountpoint)
     problems += upper_problems(mounted, workers)
     problems += [f"a traceback in the daemon's log: {line}" for line in tracebacks(mounted.log)]
@@ -118,6 +120,23 @@ def torture(options: argparse.Namespace, work_dir: Path) -> int:
         print(f"the end of the log:\n{mounted.log[-5000:]}")
     print(f"seed {options.seed}: {'MISSED' if problems else 'all reached'}")
     return int(bool(problems))
+
+
+@contextlib.contextmanager
+def _aborted(work_dir: Path) -> Iterator[None]:
+    """Have the kernel give up at the end what hangs in a mount, or its processes could not even be killed."""
+    try:
+        yield
+    finally:
+        control = work_dir / "fusectl"
+        control.mkdir()
+        machine.run("mount", "-t", "fusectl", "none", control)
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            words = line.split()
+            if words[4].startswith(f"{work_dir}/") and " - fuse" in line:
+                with contextlib.suppress(OSError):
+                    (control / words[2].partition(":")[2] / "abort").write_text("1")
+        machine.run("umount", control)
 
 
 @contextlib.contextmanager
@@ -235,7 +254,7 @@ def watch(workers: Workers, mounted: Mounted, ends_s: float) -> dict[str, Takes]
         workers.look_for_hung()
         with contextlib.suppress(OSError):
             # OSError: killed while it was looked at.
-            for name, one in takes(mounted).items():
+            for name, one in takes().items():
                 peak[name] = one.most(peak.get(name, one))
     return peak
 
@@ -311,14 +330,13 @@ class Takes:
         return Takes(max(self.descriptors, other.descriptors), max(self.memory_mb, other.memory_mb))
 
 
-def takes(mounted: Mounted) -> dict[str, Takes]:
+def takes() -> dict[str, Takes]:
     """Return what daemon and holder take now.  Raises OSError if one ends meanwhile."""
-    processes = {"holder": mounted.process_id}
-    if daemons := children_of(mounted.process_id):
-        processes["daemon"] = daemons[0]
+    processes = {role: processes_of(role) for role in ("holder", "daemon")}
     return {
-        name: Takes(len(os.listdir(f"/proc/{process_id}/fd")), _resident_mb(process_id))
-        for name, process_id in processes.items()
+        role: Takes(len(os.listdir(f"/proc/{found[-1]}/fd")), _resident_mb(found[-1]))
+        for role, found in processes.items()
+        if found
     }
 
 
@@ -385,11 +403,17 @@ def print_state(mounted: Mounted) -> None:
     """Print what can be known of a mount that hangs, without touching it."""
     with contextlib.suppress(LazyImgError):
         print(json.dumps(ControlClient(mounted.control).status(), indent=1))
-    for process_id in children_of(mounted.process_id):
+    for process_id in processes_of("daemon") + processes_of("holder"):
+        with contextlib.suppress(OSError):
+            # The daemon writes what each of its tasks waits for into its log.
+            os.kill(process_id, signal.SIGUSR1)
         for task in sorted(Path(f"/proc/{process_id}/task").iterdir()):
             with contextlib.suppress(OSError):
                 where = (task / "wchan").read_text() + "\n" + (task / "stack").read_text()
-                print(f"daemon's thread {task.name} {(task / 'comm').read_text().strip()}: {where}")
+                print(
+                    f"process {process_id}, thread {task.name} {(task / 'comm').read_text().strip()}: {where}"
+                )
+    time.sleep(1)
     print(f"the end of the log:\n{mounted.log[-20000:]}", flush=True)
 
 

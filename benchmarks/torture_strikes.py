@@ -1,6 +1,7 @@
 """What strikes in torture.py, each kind from a thread and a chain of random numbers of its own.
 
-    processes   kill -9 of the daemon, once or again before the next one is ready; chunks damaged on disk, then kill -9
+    processes   kill -9 of the daemon, once or again before the next one is ready; kill -9 of the holder, or of both one
+                after the other; `lazyimg restart`, undisturbed or with a kill -9; chunks damaged on disk, then kill -9
     Glance      ended and started, frozen, slow, lying, closing, refusing, rate-limiting, stalled
     cache       an image evicted
     disk        under the cache: EIO, ENOSPC, EROFS, slow
@@ -40,6 +41,8 @@ from lazyimg.errors import LazyImgError
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from faulty_disk import CHANGES, SYNCS, FaultyDisk
 
+# What the command line of each has; this process sees its own namespace's alone.
+ROLES = {"daemon": (b"lazyimg.daemon.service",), "holder": (b"lazyimg.daemon.holder", b"mount")}
 STRIKES = ("processes", "Glance", "disk", "cache")
 # The longest that Glance is away, and that the daemon may be until the next one answers.
 OUTAGE_S_MAX = 6.0
@@ -106,7 +109,8 @@ class Torture:
         for kind in kinds:
             match kind:
                 case "processes":
-                    self._begin(kind, (1, 8), {self._kill: 4, self._kill_burst: 1, self._damage: 2})
+                    kills = {self._kill: 4, self._kill_burst: 1, self._kill_holder: 2, self._damage: 2}
+                    self._begin(kind, (1, 8), kills | {self._restart: 2, self._restart_and_kill: 1})
                 case "Glance":
                     glance = {self._fail_glance: 8, self._end_glance: 1, self._freeze_glance: 1}
                     self._begin(kind, (0.5, 4), glance)
@@ -154,47 +158,65 @@ class Torture:
 
     def _kill(self, _chance: random.Random) -> None:
         self._count("daemon killed")
-        self._send_daemon(signal.SIGKILL)
+        _send("daemon", signal.SIGKILL)
         self._wait_replaced()
 
     def _kill_burst(self, chance: random.Random) -> None:
         """Kill the next one too, before or just after it is ready."""
         for _ in range(chance.randint(2, 4)):
             self._count("daemon killed, in a row")
-            self._send_daemon(signal.SIGKILL)
+            _send("daemon", signal.SIGKILL)
             time.sleep(chance.uniform(0.02, 1.2))
         self._wait_replaced()
 
     def _damage(self, chance: random.Random) -> None:
         """Change bytes of a chunk file under a daemon that is stopped, and kill it: the next must find them."""
-        self._send_daemon(signal.SIGSTOP)
+        _send("daemon", signal.SIGSTOP)
         try:
             files = sorted((self._disk.lower / "chunks").iterdir())
             if files:
                 self._count("chunks damaged", _damage(chance.choice(files), chance))
         finally:
-            self._send_daemon(signal.SIGKILL)
+            _send("daemon", signal.SIGKILL)
         self._wait_replaced()
 
-    def _send_daemon(self, number: int) -> None:
-        # Between two daemons there is none; the next is at hand in a moment.
-        for _ in range(1000):
-            with contextlib.suppress(ProcessLookupError):
-                if daemons := children_of(self._mounted.process_id):
-                    os.kill(daemons[0], number)
-                    return
-            time.sleep(0.005)
-        sys.exit("the holder has had no daemon for 5 s")
+    def _kill_holder(self, chance: random.Random) -> None:
+        """Kill the holder, and maybe the daemon before or after it has started another."""
+        self._count("holder killed")
+        holder = _send("holder", signal.SIGKILL)
+        if chance.random() < 0.3:
+            time.sleep(chance.uniform(0, 1))
+            self._count("daemon killed, after the holder")
+            _send("daemon", signal.SIGKILL)
+        self._wait_replaced(lambda status: status["holder_pid"] != holder)
 
-    def _wait_replaced(self) -> None:
+    def _restart(self, _chance: random.Random) -> None:
+        """A planned hand-over; what does not become ready in time is given up, and the old daemon goes on."""
+        try:
+            self._control.restart()
+            self._count("daemon replaced by `restart`")
+        except LazyImgError:
+            self._count("`restart` refused or cut short")
+        self._wait_replaced()
+
+    def _restart_and_kill(self, chance: random.Random) -> None:
+        restarting = threading.Thread(target=self._restart, args=(chance,))
+        restarting.start()
+        time.sleep(chance.uniform(0, 1.5))
+        self._count("daemon killed while it was replaced")
+        _send("daemon", signal.SIGKILL)
+        restarting.join()
+        self._wait_replaced()
+
+    def _wait_replaced(self, is_replaced: Callable[[dict[str, Any]], bool] = bool) -> None:
         began_s = time.monotonic()
         while True:
             with contextlib.suppress(LazyImgError):
-                self._control.status()
-                self.replaced_s_max = max(self.replaced_s_max, time.monotonic() - began_s)
-                return
+                if is_replaced(self._control.status()):
+                    self.replaced_s_max = max(self.replaced_s_max, time.monotonic() - began_s)
+                    return
             if time.monotonic() > began_s + REPLACED_S_MAX:
-                raise SystemExit(f"no daemon answers {REPLACED_S_MAX:.0f} s after the last one was killed")
+                raise RuntimeError(f"no daemon answers {REPLACED_S_MAX:.0f} s after one was struck")
             time.sleep(0.02)
 
     # ── Glance ──
@@ -300,13 +322,27 @@ def _outage_s(chance: random.Random) -> float:
     return min(chance.expovariate(1 / 1.5) + 0.2, OUTAGE_S_MAX)
 
 
-def children_of(process_id: int) -> list[int]:
-    """Return the processes that a process has started and not waited for."""
-    found: list[int] = []
-    for tasks in Path(f"/proc/{process_id}/task").glob("*/children"):
+def processes_of(role: str) -> list[int]:
+    """Return the living "daemon" or "holder" processes; there are two while one is replaced."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            found += map(int, tasks.read_text().split())
-    return found
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if any(one in words for one in ROLES[role]) and b"umount" not in words:
+                found.append(int(process.name))
+    return sorted(found)
+
+
+def _send(role: str, number: int) -> int:
+    """Send a signal to the newest process of a role, and return its id."""
+    # Between two of them there is none; the next is at hand in a moment.
+    for _ in range(2000):
+        with contextlib.suppress(ProcessLookupError):
+            if found := processes_of(role):
+                os.kill(found[-1], number)
+                return found[-1]
+        time.sleep(0.005)
+    raise RuntimeError(f"there has been no {role} for 10 s")
 
 
 def _damage(path: Path, chance: random.Random) -> int:

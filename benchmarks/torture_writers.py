@@ -35,10 +35,9 @@ def main() -> int:
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--seed", required=True)
-    parser.add_argument("--hold", action="store_true", help="keep a file open that has no name any more")
     options = parser.parse_args()
     tally = Tally(options.tally, options.name)
-    writer = Writer(options.folder, options.name, tally, random.Random(options.seed), holds=options.hold)
+    writer = Writer(options.folder, options.name, tally, random.Random(options.seed))
     while not tally.is_ending:
         writer.step()
         time.sleep(writer.chance.random() * THINK_S_MAX)
@@ -50,14 +49,11 @@ def main() -> int:
 class Writer:
     """One folder's files that begin with `prefix`, and what each must hold."""
 
-    def __init__(
-        self, folder: Path, prefix: str, tally: Tally, chance: random.Random, *, holds: bool
-    ) -> None:
+    def __init__(self, folder: Path, prefix: str, tally: Tally, chance: random.Random) -> None:
         self.folder = folder
         self.prefix = prefix
         self.tally = tally
         self.chance = chance
-        self.holds = holds
         self.files: dict[str, bytes] = {}
         # One file that stays open whatever becomes of its name: its descriptor and what it must hold.
         self.held: tuple[int, bytes] | None = None
@@ -66,7 +62,7 @@ class Writer:
         """Do one operation and look whether it was done."""
         choices: list[Callable[[], None]] = [self.make, self.overwrite, self.append, self.truncate]
         choices += [self.rename, self.link, self.unlink, self.make_folder, self.list, self.read]
-        choices += [self.use_held] if self.holds else []
+        choices += [self.use_held]
         choice = self.chance.choice(choices) if self.files else self.make
         try:
             with self.tally.timed():
