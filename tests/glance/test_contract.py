@@ -10,7 +10,7 @@ import pytest
 from glance_under_test import Server
 
 import lazyimg.glance.client
-from lazyimg.errors import GlanceUnavailable, ImageForbidden, ImageNotFound, RangesNotSupported
+from lazyimg.errors import GlanceUnavailable, ImageForbidden, ImageNotFound, RangesNotSupported, SourceDoubted
 
 # Each eight bytes hold their own number: a byte that is shifted or missing shows.
 DATA = b"".join(number.to_bytes(8, "big") for number in range(40_000)) + b"odd"
@@ -53,6 +53,25 @@ async def test_record_says_what_was_uploaded(server: Server) -> None:
     assert record.properties["kernel_id"] == kernel_id
     assert record.properties["os_distro"] == "debian"
     assert not {"status", "file", "schema", "self", "visibility"} & record.properties.keys()
+
+
+async def test_each_range_says_whose_content_it_is(server: Server) -> None:
+    """[I1] Glance sends the whole image's checksum with any part of it, by which another image's bytes are known."""
+    image_id = await server.upload(DATA, name="pinned")
+    checksum = (await server.client.image(image_id)).checksum
+    assert checksum is not None
+    client = server.client
+    async with client.open_stream(image_id, size_bytes=SIZE, checksum=checksum) as pieces:
+        assert b"".join([piece async for piece in pieces]) == DATA
+    with pytest.raises(SourceDoubted, match=f"whose checksum is {checksum}, not {'0' * 32}"):
+        async with client.open_stream(image_id, size_bytes=SIZE, checksum="0" * 32):
+            pass
+    if server.has_ranges:
+        async with client.open_range(image_id, 8, 800, size_bytes=SIZE, checksum=checksum) as pieces:
+            assert b"".join([piece async for piece in pieces]) == DATA[8:800]
+        with pytest.raises(SourceDoubted):
+            async with client.open_range(image_id, 8, 800, size_bytes=SIZE, checksum="0" * 32):
+                pass
 
 
 async def test_schema_tells_fields_from_properties(server: Server) -> None:
