@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
 import trio
@@ -31,7 +32,7 @@ from lazyimg.image.lazyimage import LazyImage, SourceHash
 from lazyimg.image.listing import Listing, Records
 from lazyimg.image.maker import Maker
 from lazyimg.image.openimages import FetchTotals, OpenImages
-from lazyimg.image.states import CHANGED, JUDGING, States
+from lazyimg.image.states import ACTIVE, CHANGED, JUDGING, States
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
 
@@ -372,7 +373,8 @@ class Catalog:
             self._opened.close(entry.key)
             await self._disk.write(self._cache.remove_image, entry.key, limiter=self._limiter)
             raise
-        await self._states.mark(entry, state="active")
+        # Durably, or the next daemon would not know what a guest has open by then.
+        await self._states.add(replace(entry, state=ACTIVE))
         self._refusals.forget(record)
         self._publish(entry)
         return image

@@ -103,6 +103,10 @@ class Decisions:
             self._remember_absent(name)
         except LazyImgError as exc:
             decision.error = exc
+        except OSError as exc:
+            # The cache's disk: what is not known yet needs it, and may be asked again.
+            logger.info("not decided: %s: %s", name, exc)
+            decision.error = LookupUndecided(str(exc))
         except Exception as exc:
             logger.exception("deciding on %s failed in an unforeseen way", name)
             decision.error = LookupUndecided(f"internal error: {exc!r}")

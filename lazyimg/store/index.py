@@ -35,6 +35,8 @@ _PAGE = struct.Struct(f"<{PAGE_CHUNKS}Q")
 _KEY = re.compile(r"[0-9a-f]{32}")
 _KEYS = "images"
 _DAMAGED = "damaged"
+# What SQLite's primary result codes say of the disk; all others are EIO.
+_ERRNO = {sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_READONLY: errno.EROFS}
 # diskcache's name for it.
 _DATABASE = "cache.db"
 
@@ -63,7 +65,7 @@ class Index:
         table/<key>/<start>           checksum (uint64) of a part of the source, and the part; tag <key>
     Without `images` it is new or was lost, and is filled from the sidecars, `images` last.  Beside it a file
     `damaged` appears when SQLite found its file corrupt; the next start checks it, and sets the folder aside if it
-    is.  Every fault of SQLite is raised as OSError: ENOSPC when the disk is full, else EIO.
+    is.  Every fault of SQLite is raised as OSError: ENOSPC when the disk is full, EROFS when it is read-only, else EIO.
     """
 
     def __init__(self, path: Path, sidecars: Sidecars | None = None) -> None:
@@ -377,7 +379,7 @@ def _page_key(key: str, generation: str, page_no: int) -> str:
 
 
 def _errno_of(exc: Exception) -> int:
-    return errno.ENOSPC if _primary_code(exc) == sqlite3.SQLITE_FULL else errno.EIO
+    return _ERRNO.get(_primary_code(exc), errno.EIO)
 
 
 def _is_corrupt(exc: Exception) -> bool:
@@ -386,4 +388,6 @@ def _is_corrupt(exc: Exception) -> bool:
 
 def _primary_code(exc: Exception) -> int:
     # The low byte; the rest tells variants of it apart (sqlite.org/rescode.html, "Primary Result Codes").
-    return int(getattr(exc, "sqlite_errorcode", 0)) & 0xFF
+    # diskcache calls whatever fails a transaction's begin a timeout, and SQLite's own error its context.
+    cause = exc.__context__ if isinstance(exc, diskcache.Timeout) else exc
+    return int(getattr(cause, "sqlite_errorcode", 0)) & 0xFF

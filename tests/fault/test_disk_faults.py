@@ -206,7 +206,7 @@ def test_bad_disk_without_glance_waits_for_either(
     """[I1] Disk and Glance are both away: reads wait; the disk's return ends that, else EIO after read_timeout."""
     glance = make_glance()
     image = glance.add(IMAGE_BYTES)
-    mount = make_mount(glance, cache_dir=faulty_disk.path / "cache", disk_timeout=TIMEOUT_S, read_timeout=8)
+    mount = make_mount(glance, cache_dir=faulty_disk.path / "cache", disk_timeout=TIMEOUT_S, read_timeout=6)
     try:
         mount.fetch_all(image)
         glance.stop()
@@ -215,7 +215,7 @@ def test_bad_disk_without_glance_waits_for_either(
             read_direct(mount.path_of(image), 0, MIB)
         read = mount.read_later(image, MIB, MIB)
         with contextlib.suppress(TimeoutError):
-            read.result(2)
+            read.result(1)
         assert not read.done()
         faulty_disk.heal()
         assert read.result(8) == image.content[MIB : 2 * MIB]
@@ -240,3 +240,22 @@ def test_hanging_disk_does_not_keep_the_mount(
     )
     faulty_disk.heal()
     assert mount.wait_ended() == 0
+
+
+def test_failing_disk_hides_no_known_image(
+    faulty_disk: FaultyDisk, mount: Mount, glance: ServedGlance, whole: ServedImage
+) -> None:
+    """[I6] Every operation fails with EIO before an image was opened: it is listed, looked up, opened and read."""
+    # In use, so that it is listed.
+    check(mount, whole, 0)
+    assert mount.stop() == 0
+    mount.start()
+    faulty_disk.strike(error=errno.EIO)
+    assert whole.base_name in os.listdir(mount.path)
+    with mount.path_of(whole).open("rb", buffering=0) as file:
+        assert os.fstat(file.fileno()).st_size == IMAGE_BYTES
+        check(mount, whole, *range(4))
+    faulty_disk.heal()
+    wait_normal(mount)
+    check(mount, whole, *range(4))
+    assert "Traceback" not in mount.log()

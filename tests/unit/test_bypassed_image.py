@@ -14,11 +14,13 @@ from store_images import content
 from trio.testing import wait_all_tasks_blocked
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES as CHUNK
-from lazyimg.errors import GlanceUnavailable
+from lazyimg.errors import GlanceUnavailable, LookupUndecided
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.store import fileio
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.chunkfile import ChunkFile
+from lazyimg.store.entry import ImageEntry
+from lazyimg.store.index import Index
 
 COUNT = 20
 SIZE_BYTES = COUNT * CHUNK - 100
@@ -234,3 +236,27 @@ async def test_unreadable_chunk_is_given_up_once_glance_has_it(
     await read_all(again)
     await rig.wait_written()
     assert again.is_whole
+
+
+async def test_image_is_shown_only_once_that_is_durable(
+    rig: ImageRig, monkeypatch: pytest.MonkeyPatch, expected_warnings: Callable[..., None]
+) -> None:
+    """[I9] What a guest may open is known to the next daemon: while the disk cannot keep a name it is undecided."""
+    expected_warnings("used on and watched")
+    record = rig.glance.add(1, SIZE_BYTES)
+    catalog = rig.catalog()
+    put = Index.put
+
+    def fail_active(index: Index, *entries: ImageEntry) -> None:
+        if any(entry.state == "active" for entry in entries):
+            raise OSError(errno.EIO, "injected")
+        put(index, *entries)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "put", fail_active)
+        with pytest.raises(LookupUndecided, match="injected"):
+            await catalog.lookup(record.base_name)
+    image = await catalog.lookup(record.base_name)
+    assert image is not None
+    rig.cache.close_image(record.key("stored"))
+    assert rig.catalog().key_of_inode(image.inode) == record.key("stored")

@@ -189,6 +189,17 @@ def test_pickles_in_the_index_are_never_loaded(
 
 
 @pytest.mark.slow
+def test_disk_that_cannot_be_written_says_so(index: Index) -> None:
+    """What SQLite finds read-only is EROFS, which is no fault: the disk is read on."""
+    index.put(ENTRY)
+    # Of this thread's connection: it refuses changes with the code that a read-only disk has.
+    index._cache._sql("PRAGMA query_only = 1")
+    with pytest.raises(OSError, match="cache index") as caught:
+        index.put(replace(ENTRY, mtime_ns=5))
+    assert caught.value.errno == errno.EROFS
+    assert index.get(ENTRY.key) == ENTRY
+
+
 def test_hundred_whole_images_cost_little_memory(tmp_path: Path) -> None:
     """An index of 100 images, 20 GiB each, is opened without reading its pages: under 2 MiB at the peak."""
     index = Index(tmp_path)
