@@ -303,7 +303,11 @@ async def _serve_metrics(answers: Answers, listen: str) -> None:
 
 async def _unmount_on_signals(where: Path) -> None:
     """On SIGTERM or SIGINT unmount; if that is busy, say who holds it and go on serving."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    for number in ENDING_SIGNALS:
+        # What the receiver has not told when it ends is sent once more: the mount is gone then, as was asked.
+        # Not SIG_IGN: that would drop what waits to be taken.
+        signal.signal(number, lambda _number, _frame: None)
+    with trio.open_signal_receiver(*ENDING_SIGNALS) as signals:
         take_signals(*ENDING_SIGNALS)
         async for _ in signals:
             try:
