@@ -53,7 +53,7 @@ def test_read_that_glance_stalls_is_named(
 
 
 # An image is present, its daemon new: its chunks are not proven yet.  The cache disk hangs.
-# A guest reads → the read waits for the cache disk; status answers at once and says so.
+# A guest reads → the read waits for the cache disk; status answers at once and says so, a dump shows its thread.
 # The disk comes back → the read returns the right bytes.
 def test_read_that_the_cache_disk_hangs_is_named(
     faulty_disk: FaultyDisk, make_mount: Callable[..., Mount], glance: ServedGlance
@@ -72,6 +72,10 @@ def test_read_that_the_cache_disk_hangs_is_named(
         "the read to be seen",
     )
     assert "lazyimg_reads_in_flight 1.0\n" in mount.client().metrics()
+    os.kill(mount.status()["daemon_pid"], signal.SIGUSR1)
+    wait_until(lambda: "end of dump" in mount.log(), "the dump")
+    # The thread that hangs, as faulthandler shows it.
+    assert re.search(r'File ".*/lazyimg/store/.*", line \d+ in ', mount.log())
     faulty_disk.heal()
     assert read.result(60) == image.content[MIB : MIB + 4096]
 

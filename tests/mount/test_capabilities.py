@@ -74,7 +74,8 @@ def test_mount_needs_no_more_than_the_unit_gives(
     assert (found.st_uid, stat.S_IMODE(found.st_mode), found.st_mtime) == (NOBODY, 0o2750, 2.0)
     given.unlink()
 
-    # Another daemon takes over.
+    # Another daemon takes over, asked to and not.
+    mount.client().restart()
     killed = mount.kill_daemon()
     wait_until(lambda: mount.is_ready() and mount.status()["daemon_pid"] != killed, "the next daemon")
     assert mount.path_of(image).read_bytes() == image.content
