@@ -23,6 +23,9 @@ APT_PACKAGES_BENCH := nginx libnginx-mod-http-lua nbdkit python3-libnbd qemu-blo
 LAZYIMG := $(VENV)/bin/lazyimg
 # A shell's background job, or nohup, hands down SIGINT or SIGHUP as ignored; tests that send them would wait for ever.
 PYTEST := env --default-signal $(VENV)/bin/pytest
+# How many processes run the tests, each of them whole files; 1: none but pytest itself.
+JOBS ?= 1
+PARALLEL := $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 PYTHON_FOLDERS := lazyimg tests benchmarks
 SOURCES := $(shell find lazyimg -name '*.py')
 
@@ -36,9 +39,8 @@ demo: setup
 # The real Glance and Keystone have a virtual environment of their own, and so has Nova: their dependencies are not
 # ours.
 test: setup
-	$(VENV)/bin/python tests/glance/setup_real.py
-	$(VENV)/bin/python tests/nova/setup_nova.py
-	$(PYTEST)
+	$(VENV)/bin/python tests/glance/setup_real.py & real=$$!; $(VENV)/bin/python tests/nova/setup_nova.py && wait $$real
+	$(PYTEST) $(PARALLEL)
 
 check: setup
 	$(VENV)/bin/ruff format --check $(PYTHON_FOLDERS)

@@ -187,3 +187,17 @@ def test_links_between_documents_lead_somewhere(path: Path) -> None:
     """Each relative link names a file of the project."""
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+def test_tests_that_reliability_names_exist() -> None:
+    """Each promise of docs/reliability.md names tests that are there, in the files it says."""
+    module, names = "", 0
+    for found in re.finditer(
+        r"`(\w+/test_\w+\.py)`|\b(test_\w+)\b(?!\.py)", (ROOT / "docs/reliability.md").read_text()
+    ):
+        if found[1]:
+            module = (ROOT / "tests" / found[1]).read_text()
+        else:
+            names += 1
+            assert f"def {found[2]}(" in module, found[2]
+    assert names > 30
