@@ -245,29 +245,6 @@ async def test_bug_in_a_decision_decides_nothing(
     assert await catalog.lookup(record.base_name)
 
 
-<<<<<<< HEAD
-=======
-async def test_disk_that_cannot_note_an_image_leaves_it_undecided(
-    rig: ImageRig,
-    catalog: Catalog,
-    monkeypatch: pytest.MonkeyPatch,
-    expected_warnings: Callable[..., None],
-) -> None:
-    """A cache disk that takes no writes is told in a line, not as a bug; the next lookup tries again."""
-    expected_warnings(r"deciding on .*No space left on device; the next lookup tries again")
-    record = rig.glance.add(1, SIZE_BYTES)
-
-    def put(*_entries: ImageEntry) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rig.cache.index, "put", put)
-        with pytest.raises(LookupUndecided, match="the cache cannot note it"):
-            await catalog.lookup(record.base_name)
-    assert await catalog.lookup(record.base_name)
-
-
->>>>>>> 083c3dc (Say what is promised under which fault, and which test shows it; two minutes of torture are a test)
 # ── what is not shown ──
 
 
