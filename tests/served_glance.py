@@ -131,6 +131,10 @@ class ServedGlance:
         found: list[Mapping[str, Any]] = self._ask("GET", "/requests")
         return [one for one in found if image is None or image.id in one["path"]]
 
+    def list_requests(self) -> list[Mapping[str, Any]]:
+        """Return the requests for the list of images: a daemon asks for the records of images in use when it will."""
+        return [one for one in self.requests() if one["path"].partition("?")[0] == "/v2/images"]
+
     def data_requests(self, image: ServedImage) -> list[Mapping[str, Any]]:
         """Return the requests for an image's bytes."""
         return [

@@ -69,10 +69,10 @@ def test_unknown_names_are_absent(mounted: Mount) -> None:
 )
 def test_other_names_are_absent_without_a_call(mounted: Mount, glance: ServedGlance, name: str) -> None:
     """What cannot be an image's name is ENOENT and nothing is asked of Glance; sha1("") neither."""
-    count = len(glance.requests())
+    count = len(glance.list_requests())
     with pytest.raises(FileNotFoundError):
         (mounted.path / name).stat()
-    assert len(glance.requests()) == count
+    assert len(glance.list_requests()) == count
 
 
 def test_absence_is_not_believed_for_long(

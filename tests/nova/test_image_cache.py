@@ -141,9 +141,9 @@ def test_instance_without_an_image_costs_glance_nothing(host: NovaHost, glance: 
     """Booted from a volume its image is "", whose name the manager looks up at each pass: no request is made."""
     host.nova.add_instance_without_image()
     host.nova.manage_image_cache()
-    requests = len(glance.requests())
+    lists = len(glance.list_requests())
     host.nova.manage_image_cache()
-    assert len(glance.requests()) == requests
+    assert len(glance.list_requests()) == lists
     assert hashlib.sha1(b"").hexdigest() not in names(host)
 
 
