@@ -18,7 +18,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from lazyimg.core.identity import ImageRecord
 from lazyimg.core.readahead import Readahead
-from lazyimg.errors import GlanceUnavailable, ImageNotFound, SourceDoubted
+from lazyimg.errors import GlanceUnavailable, ImageNotFound, RangesNotSupported, SourceDoubted
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.fetcher import Fetcher
@@ -74,6 +74,8 @@ class FakeGlance:
         self.list_calls = 0
         self.image_error: Exception | None = None
         self.list_error: Exception | None = None
+        # False: as a store that serves no ranges.
+        self.has_ranges = True
         self.image_gate: trio.Event | None = None
         self.recovered = trio.Event()
         # Ranges that are out now, and the most that ever were.
@@ -126,6 +128,9 @@ class FakeGlance:
     ) -> AsyncIterator[AsyncIterator[bytes]]:
         assert 0 <= start < stop <= size_bytes
         self.ranges.append((start, stop))
+        if not self.has_ranges:
+            await trio.lowlevel.checkpoint()
+            raise RangesNotSupported("its store cannot serve ranges")
         self.asked_at.append(trio.current_time())
         if any(i == image_id and start < b and a < stop for i, a, b in self.out):
             self.asked_twice.append((start, stop))

@@ -34,6 +34,7 @@ def raw_maker(rig: ImageRig, *, request_bytes_max: int = MIB) -> ImageMaker:
     return ImageMaker(
         rig.glance,
         rig.space,
+        rig.cache.spools.open,
         shared,
         rig.nursery,
         view="raw",

@@ -246,7 +246,7 @@ def _image_status(entry: ImageEntry, image: LazyImage | None, *, is_held: bool) 
             "present_bytes": now.present_bytes,
             "fetched_bytes": now.fetch.fetched_bytes,
             "requests": now.fetch.requests,
-            "source": image.fetcher.source,
+            "source": image.source,
             "open_handles": now.open_handles,
             "retries": now.fetch.retries,
             "waiting_chunks": now.fetch.waiting_chunks,

@@ -148,6 +148,7 @@ async def _serve(
             maker = ImageMaker(
                 glance,
                 space,
+                cache.spools.open,
                 shared,
                 nursery,
                 view=config.view,

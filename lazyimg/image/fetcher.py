@@ -24,7 +24,7 @@ from lazyimg.image.arrivals import Arrivals
 from lazyimg.image.backoff import Backoff
 from lazyimg.image.flights import Flights
 from lazyimg.image.ladder import Ladder
-from lazyimg.image.slots import FlightSlots
+from lazyimg.image.slots import Slots
 from lazyimg.image.source import Cutter, Glance, SourceKind
 from lazyimg.image.tablestore import TableStore
 from lazyimg.image.view import View
@@ -55,7 +55,7 @@ class Fetcher:
         glance: Glance,
         writer: Writer,
         tables: TableStore,
-        slots: FlightSlots,
+        slots: Slots,
         decoding: trio.CapacityLimiter,
         nursery: trio.Nursery,
         *,
@@ -74,7 +74,7 @@ class Fetcher:
         self._wants = Wants(image_id, self._plan, view, read_timeout_s)
         self._arrivals = Arrivals(image_id, view, self._plan, self._wants, writer, tables, decoding, nursery)
         self._flights = Flights(nursery)
-        self.ladder = Ladder(image_id, glance)
+        self.ladder = Ladder(image_id, glance, may_step_down=view.is_streamable)
         self._is_streaming = False
         # How far any stream has come.
         self._streamed_bytes_max = 0
@@ -298,6 +298,9 @@ class Fetcher:
             async with body_of as body:
                 cutter = Cutter(request.pieces)
                 async for data in body:
+                    if not data:
+                        # A spool tells so that its stream goes on.
+                        self._wants.prolong()
                     pieces = list(cutter.feed(data))
                     if pieces:
                         # From here they are the writer's, also when the write fails or is cancelled.

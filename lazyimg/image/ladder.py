@@ -31,11 +31,13 @@ Verdict = Literal["again", "stream", "final"]
 class Ladder:
     """Where one image stands."""
 
-    def __init__(self, image_id: str, glance: Glance) -> None:
+    def __init__(self, image_id: str, glance: Glance, *, may_step_down: bool = True) -> None:
+        """may_step_down: False where its ranges are of what somebody else makes of a stream; see spool.py."""
         self._image_id = image_id
         self._glance = glance
         self._whole_bodies = 0
         self._ranges_proven = False
+        self._may_step_down = may_step_down
         self.source: SourceKind = "ranges"
 
     def range_came(self) -> None:
@@ -45,9 +47,9 @@ class Ladder:
 
     async def judge(self, error: LazyImgError) -> tuple[Verdict, LazyImgError]:
         """Return what to do after a failed attempt, and the error that says best why it failed."""
-        if isinstance(error, RangesNotSupported):
+        if isinstance(error, RangesNotSupported) and self._may_step_down:
             return self._step_down(error)
-        if isinstance(error, WholeBody):
+        if isinstance(error, WholeBody) and self._may_step_down:
             self._whole_bodies += 1
             if self._whole_bodies >= WHOLE_BODIES_MAX and not self._ranges_proven:
                 return self._step_down(error)

@@ -18,6 +18,8 @@ from lazyimg.errors import ChunkAbsent, ChunkDamaged, ChunkUnreadable, LazyImgEr
 from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.fetcher import Fetcher, FetchStatistics
 from lazyimg.image.prefetcher import Prefetcher
+from lazyimg.image.source import SourceKind
+from lazyimg.image.spool import Spool
 from lazyimg.image.want import Cause
 from lazyimg.store.chunkfile import ChunkFile
 
@@ -60,7 +62,7 @@ class LazyImage:
         hash_limiter: trio.CapacityLimiter,
         *,
         forget_pages: Callable[[int], None],
-        is_decoded: bool = False,
+        spool: Spool | None = None,
     ) -> None:
         """Wire it up.  forget_pages: has the kernel forget what it keeps of an inode; returns at once."""
         self.record = record
@@ -84,10 +86,20 @@ class LazyImage:
         self._write_limiter = write_limiter
         self._hash_limiter = hash_limiter
         self._forget_pages = forget_pages
-        # Glance's hash is of the source, not of what is decoded from it.
-        self.is_decoded = is_decoded
+        # Of a decoded image; Glance's hash is of the source, not of what is decoded from it.
+        self._spool = spool
         # How often chunks were found damaged; what was hashed before is of other bytes.
         self.damage_count = 0
+
+    @property
+    def is_decoded(self) -> bool:
+        """True if what is presented is not the source's own bytes."""
+        return self._spool is not None
+
+    @property
+    def source(self) -> SourceKind:
+        """Where its bytes come from."""
+        return self.fetcher.source if self._spool is None else self._spool.source
 
     @property
     def is_whole(self) -> bool:
@@ -122,7 +134,8 @@ class LazyImage:
 
     def waits_for(self, start: int, stop: int) -> Cause | Literal["cache"]:
         """Say what a read of this range that has not returned waits for; what is not being fetched is on the disk."""
-        return self.fetcher.waits_for(chunks_of(start, min(stop, self.size_bytes))) or "cache"
+        cause = self.fetcher.waits_for(chunks_of(start, min(stop, self.size_bytes))) or "cache"
+        return "stream" if cause == "glance" and self.source == "stream" else cause
 
     def opened(self, count: int = 1) -> None:
         """So many handles were opened."""
@@ -146,6 +159,8 @@ class LazyImage:
         self.is_dropped = True
         self._released.set()
         self.fetcher.stop()
+        if self._spool is not None:
+            self._spool.stop()
 
     def refuse(self, reason: LazyImgError | None) -> None:
         """Answer every read with this from now on, and have the kernel forget what it was given; None: read again."""
@@ -271,6 +286,9 @@ class LazyImage:
         except OSError as exc:
             if self._disk.may_write:
                 logger.warning("image %s: the cache disk failed to sync: %s", self.record.id, exc)
+            return
+        if self._spool is not None and self.is_whole:
+            await self._spool.remove()
 
     async def verify(self, report: Callable[[int, int], None]) -> tuple[int, SourceHash]:
         """Check every present chunk, and the source's hash where all are present and Glance gave one.

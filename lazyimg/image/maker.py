@@ -14,7 +14,6 @@ from lazyimg.core.header import HEAD_SIZE_BYTES, is_decoded
 from lazyimg.core.identity import ImageRecord
 from lazyimg.core.qcow2 import parse_header
 from lazyimg.core.readahead import Readahead
-from lazyimg.errors import ImageRefused
 from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.fetcher import Fetcher
 from lazyimg.image.lazyimage import LazyImage
@@ -23,11 +22,13 @@ from lazyimg.image.prefetcher import Prefetcher
 from lazyimg.image.rawview import Qcow2View
 from lazyimg.image.slots import ByteBudget, FlightSlots
 from lazyimg.image.source import Glance
+from lazyimg.image.spool import Spool
 from lazyimg.image.tablestore import TableFile, TableStore
 from lazyimg.image.unstored import Unstored
 from lazyimg.image.view import StoredView, View
 from lazyimg.image.writer import ChunkSink, Space, Writer
 from lazyimg.store.chunkfile import ChunkFile
+from lazyimg.store.spoolfile import SpoolFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class ImageMaker:
         self,
         glance: Glance,
         space: Space,
+        open_spool: Callable[[str, str | None], SpoolFile],
         shared: Shared,
         nursery: trio.Nursery,
         *,
@@ -81,6 +83,7 @@ class ImageMaker:
         """Begin.  forget_pages: as of LazyImage.  has_news: called when Glance's record of an image has changed."""
         self._glance = glance
         self._space = space
+        self._open_spool = open_spool
         self._shared = shared
         self._nursery = nursery
         self._view = view
@@ -95,10 +98,12 @@ class ImageMaker:
         source's header is not in the cache any more.
         """
         view: View = StoredView(file.size_bytes)
+        spool: Spool | None = None
         if is_decoded(record, self._view):
+            spool = self._spool(record)
             head = await self._kept_head(record, file, head)
             view = Qcow2View(parse_header(head, record.size_bytes or 0), self._limits.tables_memory_max_bytes)
-        fetcher = self._fetcher(record, view, file, file, self._space)
+        fetcher = self._fetcher(record, view, file, file, self._space, spool)
         readahead = Readahead(self._limits.random_request_bytes_max, self._limits.request_bytes_max)
         return LazyImage(
             record,
@@ -111,14 +116,11 @@ class ImageMaker:
             self._shared.cache_writes,
             self._shared.hashing,
             forget_pages=self._forget_pages,
-            is_decoded=is_decoded(record, self._view),
+            spool=spool,
         )
 
     async def read_head(self, record: ImageRecord) -> bytes:
-        """Return the source's first bytes, up to HEAD_SIZE_BYTES, for a lookup.
-
-        Raises as `Fetcher.fetch` does, and ImageRefused where the source cannot be read in ranges.
-        """
+        """Return the source's first bytes, up to HEAD_SIZE_BYTES, for a lookup.  Raises as `Fetcher.fetch` does."""
         size_bytes = record.size_bytes or 0
         head_bytes = min(size_bytes, HEAD_SIZE_BYTES)
         fetcher = self._fetcher(record, StoredView(size_bytes), _Nowhere(), _Nowhere(), _Nowhere())
@@ -126,11 +128,6 @@ class ImageMaker:
             chunks = await fetcher.fetch(range(chunk_count(head_bytes)), for_lookup=True)
         finally:
             fetcher.stop()
-        if fetcher.source == "stream":
-            raise ImageRefused(
-                f"image {record.id}: its store cannot serve ranges, which decoding its {record.disk_format} needs; "
-                "upload it as raw"
-            )
         return b"".join(chunks[chunk] for chunk in sorted(chunks))
 
     async def _kept_head(self, record: ImageRecord, file: ChunkFile, head: bytes | None) -> bytes:
@@ -149,14 +146,42 @@ class ImageMaker:
         head_bytes = min(record.size_bytes or 0, HEAD_SIZE_BYTES)
         return TableStore(file, self._shared.disk, self._shared.cache_reads, head_bytes)
 
+    def _pinned(self, record: ImageRecord) -> PinnedSource:
+        return PinnedSource(self._glance, record, self._has_news)
+
+    def _spool(self, record: ImageRecord) -> Spool:
+        key = record.key(self._view)
+        algo = None if record.source_hash is None else record.source_hash[0]
+        shared = self._shared
+
+        def open_spool() -> SpoolFile:
+            return self._open_spool(key, algo)
+
+        return Spool(
+            self._pinned(record),
+            record,
+            open_spool,
+            self._space,
+            shared.disk,
+            shared.slots,
+            shared.cache_writes,
+            self._nursery,
+        )
+
     def _fetcher(
-        self, record: ImageRecord, view: View, sink: ChunkSink, tables: TableFile, space: Space
+        self,
+        record: ImageRecord,
+        view: View,
+        sink: ChunkSink,
+        tables: TableFile,
+        space: Space,
+        spool: Spool | None = None,
     ) -> Fetcher:
         shared = self._shared
         return Fetcher(
             record.id,
             view,
-            PinnedSource(self._glance, record, self._has_news),
+            spool or self._pinned(record),
             Writer(
                 sink,
                 space,
@@ -167,7 +192,7 @@ class ImageMaker:
                 self._nursery,
             ),
             self._tables(record, tables),
-            shared.slots,
+            shared.slots if spool is None else spool.slots,
             shared.decoding,
             self._nursery,
             request_bytes_max=self._limits.request_bytes_max,

@@ -44,6 +44,10 @@ class Qcow2View:
     def source_size_bytes(self) -> int:
         return self._header.source_size_bytes
 
+    @property
+    def is_streamable(self) -> bool:
+        return False
+
     def missing_tables(self, chunks: Sequence[int]) -> list[Piece]:
         if not self._is_l1_known:
             return [self._l1]

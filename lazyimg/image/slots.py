@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 import trio
 
@@ -17,6 +18,22 @@ IMAGE_GUESSES_MAX = 512
 GUESSES_MAX = 4096
 # One in so many slots is for lookups alone; they need it rarely, for the first MiB of a new image.
 SLOTS_PER_LOOKUP_SLOT = 8
+
+
+class Slots(Protocol):
+    """Where an image's flights get leave to start."""
+
+    @property
+    def is_crowded(self) -> bool: ...
+
+    @property
+    def guesses(self) -> Guesses: ...
+
+    def take_nowait(
+        self, *, urgent: bool, when_free: Callable[[], None], for_lookup: bool = False
+    ) -> bool: ...
+
+    def give_back(self, *, urgent: bool) -> None: ...
 
 
 class FlightSlots:

@@ -24,6 +24,10 @@ class View(Protocol):
     def source_size_bytes(self) -> int:
         """Bytes of the source."""
 
+    @property
+    def is_streamable(self) -> bool:
+        """False where only ranges can be decoded: `stream_pieces` must not be called."""
+
     def missing_tables(self, chunks: Sequence[int]) -> list[Piece]:
         """Return the tables to give before these chunks, in ascending order, can be planned; none: plan now.
 
@@ -72,6 +76,10 @@ class StoredView:
     @property
     def source_size_bytes(self) -> int:
         return self._size_bytes
+
+    @property
+    def is_streamable(self) -> bool:
+        return True
 
     def missing_tables(self, chunks: Sequence[int]) -> list[Piece]:
         return []

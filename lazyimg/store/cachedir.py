@@ -34,6 +34,7 @@ from lazyimg.store.folder import PrivateFolder
 from lazyimg.store.index import Index, IndexDamaged
 from lazyimg.store.presence import PAGES_MAX, PageLimit
 from lazyimg.store.sidecar import Sidecars
+from lazyimg.store.spoolfile import Spools
 
 FORMAT_VERSION = 1
 _VERSION_TEXT = f"{FORMAT_VERSION}\n".encode()
@@ -60,6 +61,7 @@ class CacheDir:
     """The opened, locked cache folder.  All methods are for threads, except `close_image`."""
 
     index: Index
+    spools: Spools
 
     def __init__(
         self,
@@ -122,6 +124,7 @@ class CacheDir:
         if self._root.read("version", _VERSION_BYTES_MAX) != _VERSION_TEXT:
             self._root.replace("version", _VERSION_TEXT, is_durable=True)
         self._chunks = self._held(self._root.folder("chunks"))
+        self.spools = Spools(self._chunks)
         self._sidecars = self._held(self._root.folder("sidecars"))
         self.index = self._open_index()
         # Their names too must be durable before anything is promised.
@@ -225,25 +228,28 @@ class CacheDir:
         """Forget an image durably, then remove its bytes.  It is closed first.  Raises OSError."""
         with self._open_lock:
             self.close_image(key)
+            self.spools.close(key)
             entry = self.index.get(key)
             self.index.forget(key)
             if entry is not None and entry.generation:
                 self._chunks.remove(_name_of(entry))
 
     def allocated_bytes(self, key: str) -> int:
-        """Return the bytes the image takes on disk; 0 if it has no chunk file."""
+        """Return the bytes the image takes on disk, its spool's included; 0 if it has no chunk file."""
         entry = self.index.get(key)
         if entry is None or not entry.generation:
             return 0
+        spool_bytes = self.spools.allocated_bytes(key)
         try:
-            return self._chunks.stat(_name_of(entry)).st_blocks * 512
+            return spool_bytes + self._chunks.stat(_name_of(entry)).st_blocks * 512
         except FileNotFoundError:
-            return 0
+            return spool_bytes
 
     def close(self) -> None:
         """Close all chunk files and the index, and give up this process's hold on the lock."""
         for key in list(self._open):
             self.close_image(key)
+        self.spools.close_all()
         self.index.close()
         # Not unlocked: a holder may keep the lock by its own copy of the descriptor.
         os.close(self.lock_fd)

@@ -17,7 +17,7 @@ from trio.testing import wait_all_tasks_blocked
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES as CHUNK
 from lazyimg.core.fetchplan import Piece
 from lazyimg.core.qcow2 import parse_header
-from lazyimg.errors import GlanceUnavailable, ImageRefused, RangesNotSupported, SourceDamaged
+from lazyimg.errors import GlanceUnavailable, SourceDamaged
 from lazyimg.image import arrivals
 from lazyimg.image.rawview import Qcow2View
 from lazyimg.image.view import View
@@ -343,15 +343,14 @@ async def test_head_that_is_lost_is_fetched(rig: ImageRig) -> None:
     assert (0, len(one.source)) not in rig.glance.ranges
 
 
-async def test_store_without_ranges_is_refused(rig: ImageRig) -> None:
-    """A qcow2 that can only be streamed is not decoded; the reason says what to do."""
-    record = add_qcow2(rig, 1, small().source)
-    rig.glance.replies.append(held())
-    rig.glance.replies[0].error = RangesNotSupported("no ranges")
-    assert rig.glance.replies[0].gate is not None
-    rig.glance.replies[0].gate.set()
-    with pytest.raises(ImageRefused, match=r"cannot serve ranges.*raw"):
-        await raw_maker(rig).read_head(record)
+async def test_head_comes_from_a_store_without_ranges_too(rig: ImageRig) -> None:
+    """The head of a source that can only be streamed is its first MiB, and the stream ends there."""
+    one = big()
+    record = add_qcow2(rig, 1, one.source + bytes(4 * MIB))
+    rig.glance.contents[record.id] = lambda start, stop: (one.source + bytes(4 * MIB))[start:stop]
+    rig.glance.has_ranges = False
+    assert await raw_maker(rig).read_head(record) == (one.source + bytes(4 * MIB))[:MIB]
+    assert rig.glance.sent_bytes < 2 * MIB
 
 
 # ── the view alone ──
