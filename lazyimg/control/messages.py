@@ -98,7 +98,9 @@ def parse_message(kind: type[Message], answer: Mapping[str, Any]) -> Message:
 
 
 def error_answer(exc: Exception) -> tuple[int, dict[str, str]]:
-    """Return HTTP status and body of an error; one that is not ours shows only its class, and is logged."""
+    """Return HTTP status and body of an error; one not ours nor a disk's shows only its class, and is logged."""
+    if isinstance(exc, OSError):
+        exc = LazyImgError(f"{exc}; `lazyimg status --json` says how the cache disk is")
     if not isinstance(exc, LazyImgError):
         log.error("control request failed", exc_info=exc)
         exc = LazyImgError(f"the daemon failed inside ({type(exc).__name__}); its log has the traceback")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -465,3 +466,10 @@ async def test_body_is_not_taken_in(path: Path) -> None:
                         except BlockingIOError:
                             break
     assert sent_bytes < limit_bytes
+
+
+async def test_failing_disk_is_told_and_no_fault_of_ours(path: Path) -> None:
+    """What the cache disk refuses arrives as one line that says so, without a traceback in the log."""
+    error = OSError(errno.EIO, "cache disk /c: bypassed")
+    with pytest.raises(LazyImgError, match="cache disk /c: bypassed; `lazyimg status"):
+        await served(ScriptedDaemon(fails=error), path, lambda client: client.evict("x"))
