@@ -89,8 +89,8 @@ class Mount:
         self.control = folder / "c.sock"
         self.log_path = folder / "log"
         # A read that hangs shall fail the test, not the session; and the disk the tests run on may be full.
-        # Most tests count requests; what is fetched for nobody has tests of its own.
-        defaults = {"read_timeout": 60, "cache_free_min": 0, "hydrate": False}
+        # Most tests count requests; what is fetched for nobody, or asked for twice, has tests of its own.
+        defaults = {"read_timeout": 60, "cache_free_min": 0, "hydrate": False, "hedge": False}
         self.config: dict[str, object] = {**defaults, **config}
         self._endpoint = endpoint
         # What runs `lazyimg mount`, with fewer rights for one.

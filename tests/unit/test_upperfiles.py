@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from lazyimg.daemon import linux, upperfiles
+from lazyimg.daemon.fdstore import FdStore
+from lazyimg.daemon.handles import Handles, make_table
 from lazyimg.daemon.upper import Upper
 from lazyimg.daemon.upperfiles import WRITE_OUT_BYTES
 from lazyimg.daemon.uppernodes import ROOT_INODE
@@ -19,8 +21,9 @@ Runs = list[tuple[int, int]]
 
 @pytest.fixture
 def upper(tmp_path: Path) -> Iterator[Upper]:
-    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
-    yield Upper(fd)
+    fd, table = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), make_table()
+    yield Upper(fd, Handles(table), FdStore())
+    os.close(table)
     os.close(fd)
 
 
