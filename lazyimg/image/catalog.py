@@ -87,7 +87,7 @@ class Catalog:
         handed_over = {self._keys_by_inode.get(inode): count for inode, count in (handles or {}).items()}
         held = {key: count for key, count in handed_over.items() if key is not None}
         self._opened = OpenImages(cache, maker, disk, limiter, held, open_files_max)
-        self._eviction = Eviction(self._glance, self._states, self._opened, self._unpublish)
+        self._eviction = Eviction(self._glance, self._states, self._opened, self._forget)
         # Asked and not published.
         self._decisions = Decisions(
             nursery,
@@ -389,6 +389,14 @@ class Catalog:
     def _unpublish(self, entry: ImageEntry) -> None:
         if self._keys.get(entry.record.base_name) == entry.key:
             del self._keys[entry.record.base_name]
+
+    def _forget(self, entry: ImageEntry) -> None:
+        """An image is dropped: by a number that the kernel may have kept it is not opened before it is found again.
+
+        It would be opened while it is judged, and the next daemon would not know what was.
+        """
+        self._unpublish(entry)
+        self._keys_by_inode.pop(entry.record.inode(self._view), None)
 
     def _entries(self) -> list[ImageEntry]:
         found = (self._states.get(key) for key in self._keys.values())

@@ -26,13 +26,13 @@ class Eviction:
         glance: Records,
         states: States,
         opened: OpenImages,
-        unpublish: Callable[[ImageEntry], None],
+        forget: Callable[[ImageEntry], None],
     ) -> None:
-        """unpublish: takes an image's name away."""
+        """forget: takes away what an image is found by."""
         self._glance = glance
         self._states = states
         self._opened = opened
-        self._unpublish = unpublish
+        self._forget = forget
 
     def busy_keys(self) -> set[str]:
         """Return the images that must not be dropped now: open, being fetched, or all that is left of them."""
@@ -51,7 +51,7 @@ class Eviction:
         image_id = entry.record.id
         if entry.state != QUARANTINED:
             await self._check_replaceable(entry)
-        freed_bytes = await self._opened.remove(entry.record, key, lambda: self._unpublish(entry))
+        freed_bytes = await self._opened.remove(entry.record, key, lambda: self._forget(entry))
         logger.info("image %s: dropped from the cache, %d bytes freed", image_id, freed_bytes)
         return freed_bytes
 

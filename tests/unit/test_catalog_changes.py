@@ -201,6 +201,16 @@ async def test_evicted_image_frees_its_bytes_and_can_come_back(rig: ImageRig, ca
     assert await catalog.evict("0" * 32) == 0
 
 
+async def test_evicted_image_is_not_opened_before_it_is_found_again(rig: ImageRig, catalog: Catalog) -> None:
+    """[I9] The inode that the kernel kept leads nowhere until a lookup has judged the image and noted it durably."""
+    image = await present(rig, catalog)
+    assert catalog.key_of_inode(image.inode) == image.record.key("stored")
+    await catalog.evict(image.record.key("stored"))
+    assert catalog.key_of_inode(image.inode) is None
+    assert await catalog.lookup(image.record.base_name)
+    assert catalog.key_of_inode(image.inode) == image.record.key("stored")
+
+
 async def test_open_image_is_not_evicted(rig: ImageRig, catalog: Catalog) -> None:
     """[I7] An image with a handle is busy, and refused by name until the last handle is gone."""
     image = await present(rig, catalog)
