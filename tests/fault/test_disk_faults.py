@@ -27,7 +27,7 @@ from served_glance import MIB, ServedGlance, ServedImage
 pytestmark = pytest.mark.slow
 
 CHUNK = 1 << 16
-TIMEOUT_S = 1.0
+TIMEOUT_S = 2.0
 # What a busy machine may add.
 GRACE_S = 5.0
 IMAGE_BYTES = 4 * MIB
@@ -89,7 +89,7 @@ def test_hanging_disk_keeps_nobody_waiting(
     assert asked(glance, whole) > before
     status = mount.status()
     assert status["disk_state"] == "bypass"
-    assert "takes longer than 1 s" in status["disk_error"]
+    assert "takes longer than 2 s" in status["disk_error"]
     assert status["disk_bypassed_bytes"] >= IMAGE_BYTES
     assert 0 < status["disk_stuck_operations"] <= 20
     began_s = time.monotonic()
