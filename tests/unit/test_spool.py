@@ -215,6 +215,18 @@ async def test_spool_goes_with_its_image(rig: ImageRig, image: Image) -> None:
     await wait_until(lambda: rig.slots.take_nowait(urgent=True, when_free=lambda: None))
 
 
+async def test_hydration_makes_it_whole_of_one_stream(rig: ImageRig, image: Image) -> None:
+    """Hydrated part by part, in the background, the source is sent once; what is here by then is right."""
+    opened = await open_raw(rig, 1, image.source)
+    with trio.fail_after(20):
+        while not opened.is_whole:
+            await opened.hydrate(4 * CHUNK)
+    assert rig.glance.streams == 1
+    rig.glance.has_ranges, before = True, rig.glance.sent_bytes
+    await assert_reads_right(opened, image)
+    assert rig.glance.sent_bytes == before == len(image.source)
+
+
 def spool_of(image: LazyImage) -> Spool:
     spool = image._spool
     assert spool is not None
