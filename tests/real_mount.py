@@ -105,17 +105,27 @@ class Mount:
         self.launch()
         wait_until(self.is_ready, f"lazyimg mount; its log is {self.log_path}")
 
-    def launch(self) -> subprocess.Popen[bytes]:
-        """Run `lazyimg mount` and wait for nothing."""
+    def launch(
+        self,
+        prefix: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> subprocess.Popen[bytes]:
+        """Run `lazyimg mount`, through the command `prefix` if given, and wait for nothing."""
         assert self._process is None or self._process.poll() is not None
-        environ = os.environ | {f"LAZYIMG_{key.upper()}": str(value) for key, value in self.config.items()}
-        command = [*self._prefix, LAZYIMG, "mount", self.path]
+        keys = {f"LAZYIMG_{key.upper()}": str(value) for key, value in self.config.items()}
+        command = [*prefix, *self._prefix, LAZYIMG, "mount", self.path]
         for endpoint in self._endpoint.split():
             command += ["--endpoint", endpoint]
         command += ["--cache-dir", self.cache_dir, "--control", self.control]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                list(map(str, command)), env=environ, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                list(map(str, command)),
+                env={**os.environ, **keys, **(environ or {})},
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                pass_fds=pass_fds,
             )
         return self._process
 

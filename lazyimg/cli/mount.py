@@ -23,11 +23,13 @@ from lazyimg.cli.app import (
 )
 from lazyimg.logs import set_up_logging
 
+# `parser`: left to itself the command line's library stats each path, and hangs on a mount without a daemon.
+
 
 @app.command(epilog=EXIT_CODES)
 def mount(
     mountpoint: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder to mount on, such as Nova's _base.")
+        Path, typer.Argument(metavar="DIR", parser=Path, help="Folder to mount on, such as Nova's _base.")
     ],
     config: ConfigFlag = None,
     endpoint: EndpointFlag = None,
@@ -59,7 +61,7 @@ def restart(control: ControlFlag = None) -> None:
 
 @app.command(epilog=EXIT_CODES)
 def umount(
-    mountpoint: Annotated[Path, typer.Argument(metavar="DIR", help="The mount.")],
+    mountpoint: Annotated[Path, typer.Argument(metavar="DIR", parser=Path, help="The mount.")],
     lazy: Annotated[bool, typer.Option("--lazy", help="Detach it even if it is busy.")] = False,
 ) -> None:
     """Unmount DIR; refused while it is busy, naming the processes that hold it."""

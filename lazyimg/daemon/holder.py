@@ -24,7 +24,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,7 +83,9 @@ def run_mount(config: Config, source: ConfigSource, where: Path) -> int:
         os.close(fuse_fd)
         _detach(where)
         raise
-    return Holder(fds, KeptFds(), Handover(config, source, where, init_request, init_answer)).run()
+    handover = Handover(config, source, where, init_request, init_answer)
+    _store_with_manager(fds, handover)
+    return Holder(fds, KeptFds(), handover).run()
 
 
 def main() -> int:
@@ -139,7 +141,6 @@ class Holder:
             with _signals_as_bytes() as signals:
                 take_signals(*SIGNALS)
                 self._watch(signals.fileno(), lambda: self._signalled(signals.recv(64)))
-                self._store_with_manager()
                 if self._daemon is None:
                     self._start()
                 else:
@@ -313,15 +314,13 @@ class Holder:
         if self._daemon is None:
             self._exit_code = 0
 
-    def _store_with_manager(self) -> None:
-        """Let systemd keep what its next start of this unit needs to take the mount up."""
-        if not self._handover.manager:
-            return
-        memory = self._handover.to_memory()
-        for name, fd in {**{name: self._fds[name] for name in KEPT}, "handover": memory}.items():
-            notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
-            notify(f"FDSTORE=1\nFDNAME={name}", [fd])
-        os.close(memory)
+
+def _store_with_manager(fds: Mapping[str, int], handover: Handover) -> None:
+    """Let systemd, where there is one, keep what its next start of this unit needs to take the mount up."""
+    memory = handover.to_memory()
+    for name, fd in {**fds, "handover": memory}.items():
+        notify(f"FDSTORE=1\nFDNAME={name}", [fd])
+    os.close(memory)
 
 
 def _end_other_daemon(control: Path) -> None:

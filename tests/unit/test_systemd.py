@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from lazyimg.config import Config, load_config
+from lazyimg.daemon.fdstore import OWN_FDS
+from lazyimg.daemon.handover import KEPT
 
 SYSTEMD = Path(__file__).parents[2] / "systemd"
 UNIT = SYSTEMD / "lazyimg.service"
@@ -75,6 +77,8 @@ def test_unit_orders_guests_inside_the_life_of_the_mount() -> None:
         ("Type", "notify"),
         ("NotifyAccess", "all"),
         ("KillMode", "process"),
+        ("Restart", "always"),
+        ("StartLimitIntervalSec", "0"),
         ("SendSIGKILL", "no"),
         ("OOMScoreAdjust", "-900"),
         ("OOMPolicy", "continue"),
@@ -98,6 +102,13 @@ def test_unit_has_no_capability_to_spare() -> None:
         "CAP_SYS_ADMIN", "CAP_SETUID", "CAP_SETGID", "CAP_CHOWN", "CAP_FOWNER", "CAP_FSETID", "CAP_DAC_OVERRIDE",
         "CAP_SYS_PTRACE",
     }  # fmt: skip
+
+
+def test_unit_keeps_every_open_file() -> None:
+    """[I9] systemd's store takes as many descriptors as the daemon may have open, and no exit code empties it."""
+    found = _directives()
+    assert int(found["FileDescriptorStoreMax"][0]) >= int(found["LimitNOFILE"][0]) - OWN_FDS + len(KEPT) + 1
+    assert "RestartPreventExitStatus" not in found
 
 
 def test_unit_passes_systemd_analyze(tmp_path: Path, require: Callable[..., None]) -> None:
