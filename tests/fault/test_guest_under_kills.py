@@ -1,8 +1,9 @@
 """A real guest goes on reading, writing and checking its files while the daemon behind its disk dies again and again.
 
 Expected of each test: the guest boots on an image of which nothing is present; it checks other files of its disk
-each round, past its page cache, and writes, syncs and reads back one of its own; the daemon dies twenty times, the
-first time while the guest boots; every round's verdict is ok; told to, the guest ends by itself, its file system whole.
+each round, past its page cache, and writes, syncs and reads back one of its own; the daemon dies twenty times, or is
+replaced five times, the first time while the guest boots; every round's verdict is ok; told to, the guest ends by
+itself, its file system whole.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.slow
 
 KERNEL = tuple(map(int, os.uname().release.split(".")[:2]))
 KILLS = 20
+RESTARTS = 5
 # Of the disk's 140 files each round checks those whose line number has another remainder.
 SLICES = 40
 ROUND = re.compile(r"^guest-round (\d+) (\w+)", re.MULTILINE)
@@ -138,12 +140,31 @@ def test_guest_checks_its_files_across_twenty_kills(
     chance = random.Random(20)
     for _ in range(KILLS):
         time.sleep(chance.uniform(0.1, 0.8))
-        old_pid = mount.kill_daemon()
-        wait_until(
-            lambda old=old_pid: mount.is_ready() and mount.status()["daemon_pid"] != old, "another daemon"
-        )
+        mount.new_daemon(mount.kill_daemon())
+    assert_well(guest, mount)
+
+
+def test_guest_checks_its_files_across_planned_restarts(
+    make_mount: Callable[..., Mount],
+    glance_with_guest: tuple[ServedGlance, str],
+    start_guest: Callable[[Path], RunningGuest],
+) -> None:
+    """[I9] `lazyimg restart`, five times under a guest's disk: the guest notices nothing."""
+    glance, name = glance_with_guest
+    mount = make_mount(glance)
+    guest = start_guest(mount.path / name)
+    chance = random.Random(5)
+    for _ in range(RESTARTS):
+        time.sleep(chance.uniform(0.1, 1.5))
+        old_pid, pid = mount.client().restart()
+        assert old_pid != pid
+    assert_well(guest, mount)
+
+
+def assert_well(guest: RunningGuest, mount: Mount) -> None:
+    """The guest goes on for two rounds, and all of its verdicts are ok."""
     checked = len(guest.rounds())
-    # The one under way may have begun before the last kill.
+    # The one under way may have begun before the last daemon.
     wait_until(lambda: len(guest.rounds()) >= checked + 2, "two more rounds of the guest")
     assert guest.end() == 0
     assert set(guest.rounds()) == {"ok"}
