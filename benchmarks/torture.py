@@ -59,7 +59,8 @@ READERS = (
 )
 WRITERS = (("root", "."), ("sub", "folder"))
 HISTORY_MAX = 100
-DESCRIPTORS_MORE_MAX = 32
+# Each of the daemon's threads that have used the index keeps a connection to it, of up to three descriptors.
+DESCRIPTORS_MORE_MAX = 64
 DAEMON_MEMORY_MB_MAX = 250.0
 HOLDER_MEMORY_MORE_MB_MAX = 10.0
 
