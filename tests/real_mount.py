@@ -152,7 +152,14 @@ class Mount:
     def wait_ended(self) -> int:
         """Return the exit code of `lazyimg mount`."""
         assert self._process is not None
-        return self._process.wait(END_TIMEOUT_S)
+        try:
+            return self._process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            # What they hang on is in the log then.
+            self._process.send_signal(signal.SIGUSR1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(2)
+            raise AssertionError(f"`lazyimg mount` goes on:\n{self.log()[-20_000:]}") from None
 
     def kill_holder(self) -> None:
         """SIGKILL the holder, not its daemon."""
