@@ -47,8 +47,15 @@ class FaultyDisk:
         self._control = folder / "disk.sock"
         command = [sys.executable, Path(__file__).with_name("passthrough_fs.py")]
         command += [self.lower, self.path, self._control, *(["--record", record] if record else [])]
-        self._process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE)
-        wait_first_line(self._process, "the faulty disk", timeout_s=START_TIMEOUT_S)
+        # Where a script's own folder is not looked in (PYTHONSAFEPATH), what lies beside it is found all the same.
+        environ = os.environ | {"PYTHONPATH": os.fspath(Path(__file__).parent)}
+        self._process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, env=environ)
+        try:
+            wait_first_line(self._process, "the faulty disk", timeout_s=START_TIMEOUT_S)
+        except BaseException:
+            with self._process:
+                self._process.kill()
+            raise
         _raise_background_limit(self.path)
 
     def strike(

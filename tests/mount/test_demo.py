@@ -164,12 +164,13 @@ class RunningDemo:
 
 
 @pytest.fixture
-def demo(guest: Guest, tmp_path: Path, require: Callable[..., None]) -> Iterator[RunningDemo]:
+def demo(
+    guest: Guest, tmp_path_factory: pytest.TempPathFactory, require: Callable[..., None]
+) -> Iterator[RunningDemo]:
     """A demo that has just been started on the guest that is there."""
     require("/dev/fuse", "fusermount3")
-    folder = tmp_path / "demo"
-    folder.mkdir()
-    running = RunningDemo(folder)
+    # A short path: the control socket's must fit into 108 bytes (unix(7)).
+    running = RunningDemo(tmp_path_factory.mktemp("demo"))
     try:
         yield running
     finally:

@@ -93,11 +93,11 @@ def test_misses_ask_glance_once(make_mount: Callable[..., Mount], glance: Served
     """[I5] A name that is looked up again and again while it is absent costs one list, not one a lookup."""
     mount = make_mount(glance, negative_ttl=60)
     name = absent_name()
-    count = len(glance.requests())
+    count = len(glance.list_requests())
     for _ in range(20):
         assert not (mount.path / name).exists()
     # One list is two requests: hidden images are listed apart.
-    assert len(glance.requests()) - count <= 2
+    assert len(glance.list_requests()) - count <= 2
 
 
 def test_listing_shows_what_is_used(make_mount: Callable[..., Mount], glance: ServedGlance) -> None:
