@@ -10,7 +10,9 @@ so that what is removed and what is stored a moment later never meet.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import re
 import resource
@@ -24,6 +26,8 @@ from lazyimg.daemon.notify import FDS_IN_MESSAGE_MAX, barrier, close_all, notify
 
 # Descriptors a process needs for itself, beyond those it keeps for others.
 OWN_FDS = 256
+# A process inherits so many: their names are one string of its environment, which may have 128 KiB (execve(2)).
+INHERITED_MAX = 3000
 _NAME = re.compile(r"upper-([0-9a-f]{16})-([rw])-[0-9a-f]{8}")
 # Between two processes of ours: names joined like $LISTEN_FDNAMES, and the end of all of them.
 _END = b":"
@@ -69,11 +73,15 @@ class FdStore:
             self._fds.pop(name, None)
         notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
-    def put_all_again(self) -> None:
-        """Store everything with another store, whose address is in $NOTIFY_SOCKET by now."""
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[dict[str, int]]:
+        """Give the block what another store must have from its first instant; $NOTIFY_SOCKET names that one at its end.
+
+        Meanwhile nothing is removed, and so nothing closed.
+        """
         with self._lock:
-            # No descriptor is closed before it is removed here.
-            for name, fd in self._fds.items():
+            yield dict(itertools.islice(self._fds.items(), INHERITED_MAX))
+            for name, fd in itertools.islice(self._fds.items(), INHERITED_MAX, None):
                 notify(f"FDSTORE=1\nFDNAME={name}", [fd])
 
 

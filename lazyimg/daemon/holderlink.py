@@ -140,14 +140,17 @@ class HolderLink:
             "notify": listener.fileno(),
         }
         try:
-            self.holder_pid = spawn("lazyimg.daemon.holder", {**self._kept, **fds}, self._handover.manager)
+            # Inherited, not sent: this daemon may die before the other process can take anything.
+            with self._store.moving() as stored:
+                self.holder_pid = spawn(
+                    "lazyimg.daemon.holder", {**self._kept, **fds, **stored}, self._handover.manager
+                )
+                os.environ["NOTIFY_SOCKET"] = address
         finally:
             os.close(memory)
             os.close(own_pid_fd)
             theirs.close()
             listener.close()
-        os.environ["NOTIFY_SOCKET"] = address
-        self._store.put_all_again()
 
 
 async def _next(orders: trio.socket.SocketType) -> str:

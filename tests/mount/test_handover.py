@@ -255,6 +255,27 @@ def test_holder_daemon_and_holder_killed_in_turn(
     assert not mount.control.exists()
 
 
+@needs_resend
+def test_daemon_killed_as_soon_as_there_is_another_holder(
+    make_mount: Callable[..., Mount], glance: ServedGlance
+) -> None:
+    """[I9] Another holder has the descriptors of all open files from its first instant: the daemon may die then."""
+    mount = make_mount(glance)
+    with contextlib.ExitStack() as stack:
+        fds = []
+        for number in range(40):
+            path = mount.path / f"gone{number}"
+            fds.append(stack.enter_context(opened(path, os.O_RDWR | os.O_CREAT)))
+            os.write(fds[-1], str(number).encode())
+            path.unlink()
+        daemon_pid, holder_pid = mount.status()["daemon_pid"], mount.holder_pid
+        mount.kill_holder()
+        wait_until(lambda: mount.status()["holder_pid"] != holder_pid, "another holder")
+        os.kill(daemon_pid, signal.SIGKILL)
+        for number, fd in enumerate(fds):
+            assert os.pread(fd, 100, 0) == str(number).encode()
+
+
 def test_sigterm_to_the_next_holder_unmounts(make_mount: Callable[..., Mount], glance: ServedGlance) -> None:
     """SIGTERM to a holder that the daemon started unmounts and ends both, as with the first."""
     mount = make_mount(glance)

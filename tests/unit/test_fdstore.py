@@ -114,15 +114,17 @@ def test_name_stored_twice_is_kept_once(file: int) -> None:
 def test_without_a_holder_files_open_all_the_same(
     monkeypatch: pytest.MonkeyPatch, file: int, holder: Holder
 ) -> None:
-    """[I9] What is opened while no holder lives is stored with the next one."""
+    """[I9] What is opened while no holder lives is given to the next one, as far as a process can inherit it."""
     monkeypatch.setenv("NOTIFY_SOCKET", "@nobody-listens-here")
+    monkeypatch.setattr("lazyimg.daemon.fdstore.INHERITED_MAX", 1)
     store = FdStore()
-    name = store.put(INODE, file, is_writing=True)
+    names = [store.put(INODE, file, is_writing=is_writing) for is_writing in (True, False)]
     assert holder.kept.all() == {}
-    monkeypatch.setenv("NOTIFY_SOCKET", holder.address)
-    store.put_all_again()
+    with store.moving() as inherited:
+        monkeypatch.setenv("NOTIFY_SOCKET", holder.address)
+    assert inherited == {names[0]: file}
     assert barrier()
-    assert set(holder.kept.all()) == {name}
+    assert set(holder.kept.all()) == {names[1]}
 
 
 def test_full_store_refuses_to_open(monkeypatch: pytest.MonkeyPatch, file: int) -> None:
