@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import lazyimg_process
@@ -26,6 +25,7 @@ import machine
 from lazyimg_process import LAZYIMG, Mounted
 from torture_images import MIB, TorturedImage, make_images
 from torture_strikes import STRIKES, FaultyDisk, Torture, TorturedGlance, processes_of
+from torture_takes import Takes, print_takes, takes
 from torture_tally import Count, Tally
 
 from lazyimg.control import ControlClient
@@ -59,10 +59,6 @@ READERS = (
 )
 WRITERS = (("root", "."), ("sub", "folder"))
 HISTORY_MAX = 100
-# Each of the daemon's threads that have used the index keeps a connection to it, of up to three descriptors.
-DESCRIPTORS_MORE_MAX = 64
-DAEMON_MEMORY_MB_MAX = 250.0
-HOLDER_MEMORY_MORE_MB_MAX = 10.0
 
 
 def main() -> int:
@@ -316,36 +312,6 @@ def tracebacks(log: str) -> Iterator[str]:
             yield next((one for one in lines if one[:1] not in ("", " ", "|")), line)
 
 
-# ── what the processes take ──
-
-
-@dataclass(frozen=True)
-class Takes:
-    """Descriptors and resident memory of a process."""
-
-    descriptors: int
-    memory_mb: float
-
-    def most(self, other: Takes) -> Takes:
-        """Return the larger of each."""
-        return Takes(max(self.descriptors, other.descriptors), max(self.memory_mb, other.memory_mb))
-
-
-def takes() -> dict[str, Takes]:
-    """Return what daemon and holder take now.  Raises OSError if one ends meanwhile."""
-    processes = {role: processes_of(role) for role in ("holder", "daemon")}
-    return {
-        role: Takes(len(os.listdir(f"/proc/{found[-1]}/fd")), _resident_mb(found[-1]))
-        for role, found in processes.items()
-        if found
-    }
-
-
-def _resident_mb(process_id: int) -> float:
-    pages = int(Path(f"/proc/{process_id}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
 # ── what is printed ──
 
 
@@ -376,28 +342,6 @@ def print_work(workers: Workers) -> list[str]:
 
 def _worked(tally: Tally) -> bool:
     return bool(tally[Count.READS] or tally[Count.CHANGES])
-
-
-def print_takes(begin: dict[str, Takes], peak: dict[str, Takes], end: dict[str, Takes]) -> list[str]:
-    """Print descriptors and memory; return what is too much at the end."""
-    both = " ".join(
-        f"{heading:>18} {'most':>6} {'end':>6}" for heading in ("descriptors: begin", "MB: begin")
-    )
-    print(f"\n{'process':8} {both}")
-    for name, first in begin.items():
-        most, last = peak[name], end[name]
-        descriptors = f"{first.descriptors:18} {most.descriptors:6} {last.descriptors:6}"
-        print(f"{name:8} {descriptors} {first.memory_mb:18.1f} {most.memory_mb:6.1f} {last.memory_mb:6.1f}")
-    problems = [
-        f"{name}: {end[name].descriptors} descriptors at the end, {first.descriptors} at the beginning"
-        for name, first in begin.items()
-        if end[name].descriptors > first.descriptors + DESCRIPTORS_MORE_MAX
-    ]
-    if end["daemon"].memory_mb > DAEMON_MEMORY_MB_MAX:
-        problems.append(f"daemon: {end['daemon'].memory_mb:.0f} MB at the end")
-    if end["holder"].memory_mb > begin["holder"].memory_mb + HOLDER_MEMORY_MORE_MB_MAX:
-        problems.append(f"holder: {end['holder'].memory_mb:.0f} MB at the end")
-    return problems
 
 
 def print_state(mounted: Mounted) -> None:

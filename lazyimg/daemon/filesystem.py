@@ -1,4 +1,4 @@
-"""FUSE requests in, images' and the upper folder's answers out.  The one place with errno numbers.
+"""FUSE requests in, images' and the upper folder's answers out.
 
 pyfuse3 ends the mount, for every guest, when a handler raises anything but FUSEError (I6): each handler here is
 wrapped so that it cannot.  Every handle is its inode number and every inode number a function of durable state,
@@ -21,50 +21,17 @@ import pyfuse3
 import trio
 
 from lazyimg.daemon.attributes import statistics_data, upper_attributes
+from lazyimg.daemon.errnos import ERRNO
 from lazyimg.daemon.inflight import InFlight
 from lazyimg.daemon.lazyfiles import LazyFiles
 from lazyimg.daemon.upper import INODE_BIT, ROOT_INODE, Caller, Change, Upper
 from lazyimg.daemon.uppertrouble import UpperTrouble
-from lazyimg.errors import (
-    ChunkAbsent,
-    ChunkDamaged,
-    ChunkUnreadable,
-    GlanceUnavailable,
-    ImageChanged,
-    ImageForbidden,
-    ImageNotFound,
-    ImageQuarantined,
-    ImageRefused,
-    LazyImgError,
-    LookupUndecided,
-    ReadTimeout,
-    SourceDamaged,
-    SourceDoubted,
-    WholeBody,
-)
+from lazyimg.errors import LazyImgError
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# What a handler's error becomes.  Reads: EIO, which a guest's rerror policy can pause on; a lookup: ENOENT only
-# for what is known not to be shown, EAGAIN for what is not known yet, so that nobody takes it for absent.
-ERRNO: dict[type[LazyImgError], int] = {
-    ReadTimeout: errno.EIO,
-    GlanceUnavailable: errno.EIO,
-    WholeBody: errno.EIO,
-    ImageNotFound: errno.EIO,
-    ImageForbidden: errno.EIO,
-    ImageRefused: errno.EIO,
-    ChunkAbsent: errno.EIO,
-    ChunkDamaged: errno.EIO,
-    ChunkUnreadable: errno.EIO,
-    SourceDamaged: errno.EIO,
-    SourceDoubted: errno.EIO,
-    ImageChanged: errno.EIO,
-    ImageQuarantined: errno.EIO,
-    LookupUndecided: errno.EAGAIN,
-}
 # Names of a listing looked up in one go; the kernel's buffer of 4 KiB holds about this many.
 LISTED_TOGETHER = 24
 

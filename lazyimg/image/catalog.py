@@ -195,15 +195,7 @@ class Catalog:
 
     async def held_images(self) -> list[LazyImage]:
         """Return the images that guests hold open, or may since a daemon before this one."""
-        held = []
-        for key in self._opened.held_keys():
-            try:
-                with trio.fail_after(self._lookup_timeout_s):
-                    held.append(await self.image_of(key))
-            except (LazyImgError, OSError, KeyError, trio.TooSlowError) as exc:
-                # Its header is lost from the cache and Glance does not answer, say; it is looked for again.
-                logger.debug("image of key %s: not opened: %r", key, exc)
-        return held
+        return await self._opened.held(self._lookup_timeout_s)
 
     def is_held(self, key: str) -> bool:
         """True if guests hold the image open, or may."""

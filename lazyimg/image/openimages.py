@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,13 +11,15 @@ from weakref import WeakValueDictionary
 import trio
 
 from lazyimg.core.identity import ImageRecord
-from lazyimg.errors import InUse
+from lazyimg.errors import InUse, LazyImgError
 from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.maker import Maker
 from lazyimg.image.states import impose
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.chunkfile import ChunkFile
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,18 @@ class OpenImages:
 
     def all(self) -> list[LazyImage]:
         return list(self._images.values())
+
+    async def held(self, timeout_s: float) -> list[LazyImage]:
+        """Return the images of `held_keys`; those that cannot be opened in time are left out."""
+        held = []
+        for key in self.held_keys():
+            try:
+                with trio.fail_after(timeout_s):
+                    held.append(await self.open(key))
+            except (LazyImgError, OSError, KeyError, trio.TooSlowError) as exc:
+                # Its header is lost from the cache and Glance does not answer, say; it is looked for again.
+                logger.debug("image of key %s: not opened: %r", key, exc)
+        return held
 
     def held_keys(self) -> set[str]:
         """Return the images that guests hold open."""

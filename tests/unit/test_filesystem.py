@@ -14,7 +14,8 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from lazyimg import errors
-from lazyimg.daemon.filesystem import ERRNO, Filesystem
+from lazyimg.daemon.errnos import ERRNO
+from lazyimg.daemon.filesystem import Filesystem
 from lazyimg.daemon.lazyfiles import LazyFiles
 from lazyimg.daemon.upper import INODE_BIT, ROOT_INODE, Upper
 from lazyimg.errors import ImageNotFound, LazyImgError, LookupUndecided, ReadTimeout
