@@ -80,13 +80,14 @@ class Mount:
         config: Mapping[str, object],
         cache_dir: Path | None,
         prefix: Sequence[str] = (),
+        control: Path | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.path = folder / "_base"
         self.path.mkdir(exist_ok=True)
         self.cache_dir = cache_dir or folder / "cache"
-        self.control = folder / "c.sock"
+        self.control = control or folder / "c.sock"
         self.log_path = folder / "log"
         # A read that hangs shall fail the test, not the session; and the disk the tests run on may be full.
         # Most tests count requests; what is fetched for nobody, or asked for twice, has tests of its own.
@@ -280,10 +281,11 @@ class Mounts:
         cache_dir: Path | None = None,
         start: bool = True,
         prefix: Sequence[str] = (),
+        control: Path | None = None,
         **config: object,
     ) -> Mount:
         """Mount `folder`/_base with these configuration keys."""
-        mount = Mount(folder, endpoint, config, cache_dir, prefix)
+        mount = Mount(folder, endpoint, config, cache_dir, prefix, control)
         self._mounts.append(mount)
         if start:
             mount.start()

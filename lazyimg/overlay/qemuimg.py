@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ ADDRESS_SPACE_BYTES_MAX = 1 << 30
 CPU_TIME_S_MAX = 30
 # It may read through the mount, where one read waits up to read_timeout, 300 s unless configured.
 TIME_LIMIT_S = 330.0
+# What the command line makes exceptions of.
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Of its standard error in a message.
 REASON_CHARACTERS_MAX = 500
 
@@ -55,17 +58,24 @@ def _run(*arguments: str) -> str:
             package = "util-linux" if program == "prlimit" else "qemu-utils"
             raise LazyImgError(f"{program}: not found on PATH; install {package}")
     limits = [f"--as={ADDRESS_SPACE_BYTES_MAX}", f"--cpu={CPU_TIME_S_MAX}", "--"]
-    process = subprocess.Popen(
-        ["prlimit", *limits, "qemu-img", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env={**os.environ, "LC_ALL": "C", "LANG": "C"},
-    )
+    # A signal's exception after the program's start and before the block that ends it would leave it running.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        process = subprocess.Popen(
+            ["prlimit", *limits, "qemu-img", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C", "LANG": "C"},
+        )
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        raise
     with process:
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             output, complaint = process.communicate(timeout=TIME_LIMIT_S)
         except BaseException as exc:
             # A signal's exception, or no end: SIGKILL is the one that gets it out of a stalled mount.

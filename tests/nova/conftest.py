@@ -27,7 +27,16 @@ def _shared_host(
     _shared_glance: ServedGlance,  # noqa: F811  (the fixture's name)
 ) -> Iterator[tuple[NovaHost, Mount]]:
     with nova_host(_shared_glance.url) as host, mounts() as made:
-        yield host, made.make(host.instances, _shared_glance.url, cache_dir=host.folder / "cache", view="raw")
+        yield (
+            host,
+            made.make(
+                host.instances,
+                _shared_glance.url,
+                cache_dir=host.folder / "cache",
+                control=host.folder / "c.sock",
+                view="raw",
+            ),
+        )
 
 
 @pytest.fixture
@@ -59,7 +68,9 @@ def make_host(
             url = (served or glance).url
             host = hosts.enter_context(nova_host(url, more_config))
             config = {"view": "raw", **config}
-            mount = made.make(host.instances, url, cache_dir=host.folder / "cache", **config)  # type: ignore[arg-type]
+            mount = made.make(
+                host.instances, url, cache_dir=host.folder / "cache", control=host.folder / "c.sock", **config
+            )  # type: ignore[arg-type]
             return host, mount
 
         yield make
