@@ -53,6 +53,8 @@ logger = logging.getLogger("lazyimg.daemon.holder")
 # Pauses between daemons that die before they are ready; one that was ready is replaced at once.
 RESTART_PAUSE_MIN_S = 0.1
 RESTART_PAUSE_MAX_S = 5.0
+# A daemon that dies so soon after it was asked to unmount has not done it; one that refused has said so by then.
+ASKED_LATELY_S = 5.0
 
 
 def run_mount(config: Config, source: ConfigSource, where: Path) -> int:
@@ -121,6 +123,7 @@ class Holder:
         self._start_at_s: float | None = None
         self._give_up_at_s: float | None = None
         self._exit_code: int | None = None
+        self._asked_to_end_at_s = float("-inf")
 
     @classmethod
     def of(cls, given: dict[str, int], handover: Handover) -> Holder:
@@ -221,7 +224,12 @@ class Holder:
         if daemon.is_ready:
             self._pause_s = 0.0
         logger.error("daemon %d ended with %d; starting another in %.1f s", daemon.pid, code, self._pause_s)
-        self._start_at_s = time.monotonic() + self._pause_s
+        now_s = time.monotonic()
+        if now_s - self._asked_to_end_at_s < ASKED_LATELY_S:
+            self._unmount()
+            if self._exit_code is not None:
+                return
+        self._start_at_s = now_s + self._pause_s
         self._pause_s = min(max(RESTART_PAUSE_MIN_S, self._pause_s * 2), RESTART_PAUSE_MAX_S)
 
     # ── a planned hand-over ──
@@ -301,6 +309,8 @@ class Holder:
         for number in numbers:
             if self._daemon is not None and (self._daemon.is_ready or not self._was_ever_ready):
                 self._daemon.signal(number)
+                if number != signal.SIGUSR1:
+                    self._asked_to_end_at_s = time.monotonic()
             elif number != signal.SIGUSR1:
                 # Daemons that do not even start cannot be asked to unmount, nor for a dump.
                 self._unmount()

@@ -115,6 +115,20 @@ def test_sigterm_unmounts(make_mount: Callable[..., Mount], glance: ServedGlance
     assert not mount.control.exists()
 
 
+def test_sigterm_to_a_daemon_that_dies_is_not_lost(
+    make_mount: Callable[..., Mount], glance: ServedGlance
+) -> None:
+    """A holder that passes SIGTERM on to a daemon that was killed the moment before unmounts all the same."""
+    mount = make_mount(glance)
+    # Both at once, as far as the holder can see.
+    os.kill(mount.holder_pid, signal.SIGSTOP)
+    mount.kill_daemon()
+    os.kill(mount.holder_pid, signal.SIGTERM)
+    os.kill(mount.holder_pid, signal.SIGCONT)
+    assert mount.wait_ended() == 0
+    assert not is_mounted(mount.path)
+
+
 def test_ctrl_c_unmounts(make_mount: Callable[..., Mount], glance: ServedGlance) -> None:
     """SIGINT to holder and daemon, as a terminal sends it, ends both with exit code 0."""
     mount = make_mount(glance)
