@@ -22,6 +22,8 @@ class Requests:
     def __init__(self) -> None:
         self.ours, self.kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.ours.setblocking(False)
+        # pyfuse3 lets one task at a time wait on the descriptor, as trio does.
+        self._turn = trio.Lock()
         self.waits = 0
         self.is_ended = False
         # So often the wait ends for a request that is gone before the waiter's turn.
@@ -32,7 +34,8 @@ class Requests:
         if self.taken_by_others:
             self.taken_by_others -= 1
             return True
-        await trio.lowlevel.wait_readable(self.ours)
+        async with self._turn:
+            await trio.lowlevel.wait_readable(self.ours)
         return not self.is_ended
 
     def send(self) -> None:
