@@ -1,5 +1,6 @@
-"""The fixtures of a real mount, for the tests of this folder."""
+"""The fixtures of a real mount and of a client alone, for the tests of this folder."""
 
+from client_rig import here  # noqa: F401  (used by name)
 from mount_fixtures import (  # noqa: F401  (used by name)
     _shared_glance,
     _shared_mount,
