@@ -38,6 +38,15 @@ def open_new(cache: CacheDir, number: int, size_bytes: int) -> ChunkFile:
     return cache.open_image(entry.key)
 
 
+def store_whole(cache: CacheDir, number: int, size_bytes: int) -> Path:
+    """Make an image known, store all of it and close it; return its chunk file."""
+    file = open_new(cache, number, size_bytes)
+    file.write(0, chunks_content(number, 0, file.chunk_count, size_bytes))
+    file.commit()
+    cache.close_image(file.key)
+    return file.path
+
+
 def damage(path: Path, chunk: int) -> None:
     """Flip one bit in the middle of a chunk's bytes on disk."""
     with path.open("r+b", buffering=0) as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from store_images import chunks_content, content, image_entry, open_new
+from store_images import chunks_content, content, image_entry, open_new, store_whole
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES as CHUNK
 from lazyimg.errors import CacheUnusable, InUse
@@ -33,22 +33,13 @@ def cache(path: Path) -> Iterator[CacheDir]:
     cache.close()
 
 
-def fill(cache: CacheDir) -> Path:
-    """Store a whole image and close it; return its chunk file."""
-    file = open_new(cache, 1, SIZE_BYTES)
-    file.write(0, chunks_content(1, 0, 3, SIZE_BYTES))
-    file.commit()
-    cache.close_image(KEY)
-    return file.path
-
-
 def test_folder_is_made_private(path: Path) -> None:
     """Folder and chunk files are nobody else's to read, also where the folder was there before."""
     path.mkdir()
     path.chmod(0o755)
     cache = CacheDir(path)
     assert path.stat().st_mode & 0o777 == 0o700
-    assert fill(cache).stat().st_mode & 0o777 == 0o600
+    assert store_whole(cache, 1, SIZE_BYTES).stat().st_mode & 0o777 == 0o600
     assert (path / "version").read_text() == "1\n"
     cache.close()
 
@@ -137,7 +128,7 @@ def test_folder_of_another_owner_is_refused(path: Path, monkeypatch: pytest.Monk
 def test_images_survive_a_restart(path: Path) -> None:
     """A new process finds image, bytes and count."""
     cache = CacheDir(path)
-    fill(cache)
+    store_whole(cache, 1, SIZE_BYTES)
     cache.close()
     cache = CacheDir(path)
     file = cache.open_image(KEY)
@@ -150,7 +141,7 @@ def test_images_survive_a_restart(path: Path) -> None:
 def test_removed_image_is_gone(path: Path) -> None:
     """Entry and bytes go, an open file with them, and the image can come back empty."""
     cache = CacheDir(path)
-    fill(cache)
+    store_whole(cache, 1, SIZE_BYTES)
     file = cache.open_image(KEY)
     cache.remove_image(KEY)
     with pytest.raises(OSError, match="closed"):
@@ -167,7 +158,7 @@ def test_removed_image_is_gone(path: Path) -> None:
 def test_unknown_chunk_files_are_removed_at_start(path: Path) -> None:
     """What a crash left behind takes no room for ever; what the index knows stays."""
     cache = CacheDir(path)
-    known = fill(cache)
+    known = store_whole(cache, 1, SIZE_BYTES)
     cache.close()
     (path / "chunks" / f"{KEY}.{'0' * 16}").write_bytes(b"left")
     (path / "chunks" / "folder").mkdir()
@@ -181,7 +172,7 @@ def test_file_that_cannot_be_removed_is_not_in_the_way(
     """What a start cannot tidy away is told, and the cache opens."""
     expected_warnings("chunk file stray, which the index does not know, stays", "sidecar stray, .* stays")
     cache = CacheDir(path)
-    known = fill(cache)
+    known = store_whole(cache, 1, SIZE_BYTES)
     cache.close()
     for folder in ("chunks", "sidecars"):
         (path / folder / "stray").touch()
@@ -234,7 +225,7 @@ def test_untrusted_chunk_file_is_set_aside(
 ) -> None:
     """A chunk file that is not what the index says is put aside and a new generation begins, all absent."""
     expected_warnings(f"set aside: {problem}")
-    old = fill(cache)
+    old = store_whole(cache, 1, SIZE_BYTES)
     spoil(old)
     file = cache.open_image(KEY)
     assert file.path != old
@@ -253,7 +244,7 @@ def test_what_is_set_aside_is_bounded(
     monkeypatch.setattr(aside, "ASIDE_COUNT_MAX", 2)
     names = []
     for _ in range(4):
-        file = fill(cache)
+        file = store_whole(cache, 1, SIZE_BYTES)
         _short(file)
         cache.open_image(KEY)
         cache.close_image(KEY)
@@ -261,7 +252,7 @@ def test_what_is_set_aside_is_bounded(
     kept = sorted(one.name.rsplit(".", 1)[0] for one in path.glob("aside/*"))
     assert kept == sorted(names[2:])
     monkeypatch.setattr(aside, "ASIDE_BYTES_MAX", CHUNK)
-    _short(fill(cache))
+    _short(store_whole(cache, 1, SIZE_BYTES))
     cache.open_image(KEY)
     assert list(path.glob("aside/*")) == []
 
@@ -282,7 +273,7 @@ def test_cache_of_an_older_or_unreadable_version_is_set_aside(
     """[I2] A cache in a form we do not know is not read, is kept for a human, and is not in the way."""
     expected_warnings("is of another version, set aside")
     cache = CacheDir(path)
-    old = fill(cache)
+    old = store_whole(cache, 1, SIZE_BYTES)
     cache.close()
     (path / "version").unlink() if version is None else (path / "version").write_text(version)
     cache = CacheDir(path)
@@ -290,7 +281,7 @@ def test_cache_of_an_older_or_unreadable_version_is_set_aside(
     assert not old.exists()
     assert len(list(path.glob(f"aside/chunks.*/{old.name}"))) == 1
     assert (path / "version").read_text() == "1\n"
-    fill(cache)
+    store_whole(cache, 1, SIZE_BYTES)
     cache.close()
     cache = CacheDir(path)
     assert cache.open_image(KEY).is_whole
@@ -306,127 +297,6 @@ def test_folder_of_something_else_is_not_taken_for_an_old_cache(path: Path) -> N
     with pytest.raises(CacheUnusable, match="holds other files"):
         CacheDir(path)
     assert sorted(one.name for one in path.iterdir()) == ["index", "letters", "version"]
-
-
-# ── tricks ──
-
-
-@pytest.mark.parametrize("name", ["chunks", "sidecars", "aside", "index"])
-@pytest.mark.parametrize("kind", ["link", "file"])
-def test_what_stands_in_a_folders_place_is_refused(path: Path, tmp_path: Path, name: str, kind: str) -> None:
-    """A link planted for one of our folders leads nowhere: the start is refused and names it."""
-    CacheDir(path).close()
-    target = tmp_path / "target"
-    (path / name).rename(target)
-    if kind == "link":
-        (path / name).symlink_to(target)
-    else:
-        (path / name).write_text("")
-    before = sorted(target.rglob("*"))
-    with pytest.raises(CacheUnusable, match=f"{name} is not a folder; remove it"):
-        CacheDir(path)
-    assert sorted(target.rglob("*")) == before
-
-
-@pytest.mark.parametrize("name", ["lock", "version"])
-@pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])
-def test_planted_file_is_refused_and_its_target_left_alone(
-    path: Path, tmp_path: Path, name: str, kind: str
-) -> None:
-    """A lock or version that is another name of some file is refused before that file is changed."""
-    CacheDir(path).close()
-    target = tmp_path / "target"
-    target.write_text("1\n")
-    (path / name).unlink()
-    match kind:
-        case "link":
-            (path / name).symlink_to(target)
-        case "hard link":
-            os.link(target, path / name)
-        case "pipe":
-            os.mkfifo(path / name)
-    with pytest.raises(CacheUnusable, match="make it usable or give another"):
-        CacheDir(path)
-    assert target.read_text() == "1\n"
-
-
-@pytest.mark.parametrize("name", ["cache.db", "cache.db-wal", "cache.db-shm"])
-@pytest.mark.parametrize("kind", ["link", "hard link"])
-def test_planted_index_is_set_aside(
-    path: Path, tmp_path: Path, name: str, kind: str, expected_warnings: Callable[..., None]
-) -> None:
-    """SQLite follows links: an index with any is set aside unopened, and rebuilt."""
-    expected_warnings(
-        "cache index set aside: .*it (is not a regular file|has another name)", "rebuilt from sidecars"
-    )
-    cache = CacheDir(path)
-    fill(cache)
-    cache.close()
-    target, planted = tmp_path / "target", path / "index" / name
-    target.write_bytes(planted.read_bytes() if planted.exists() else b"")
-    before = target.read_bytes()
-    planted.unlink(missing_ok=True)
-    planted.symlink_to(target) if kind == "link" else os.link(target, planted)
-    cache = CacheDir(path)
-    assert cache.open_image(KEY).read(0, SIZE_BYTES) == content(1, 0, SIZE_BYTES)
-    assert cache.statistics().set_aside == 1
-    cache.close()
-    assert target.read_bytes() == before
-
-
-def test_planted_sidecar_is_not_written_through(path: Path, tmp_path: Path, cache: CacheDir) -> None:
-    """A link or a second name in place of a sidecar leads no write of ours elsewhere."""
-    fill(cache)
-    targets = [tmp_path / "one", tmp_path / "two"]
-    (sums,) = path.glob("sidecars/*.sums")
-    (entry,) = path.glob("sidecars/*.entry")
-    for target in targets:
-        target.write_bytes(b"untouched")
-    for planted in (sums, entry):
-        planted.unlink()
-    sums.symlink_to(targets[0])
-    os.link(targets[1], entry)
-    file = cache.open_image(KEY)
-    file.drop([1])
-    file.write(1, chunks_content(1, 1, 1, SIZE_BYTES))
-    file.commit()
-    cache.index.put(image_entry(1, SIZE_BYTES))
-    assert [target.read_bytes() for target in targets] == [b"untouched"] * 2
-    assert file.read(0, SIZE_BYTES) == content(1, 0, SIZE_BYTES)
-
-
-def test_folder_that_is_swapped_while_open_is_still_ours(path: Path, tmp_path: Path) -> None:
-    """Who renames the cache folder and puts another in its place does not lead us there."""
-    cache = CacheDir(path)
-    fill(cache)
-    path.rename(tmp_path / "away")
-    (path / "chunks").mkdir(parents=True)
-    (path / "sidecars").mkdir()
-    file = cache.open_image(KEY)
-    assert file.read(0, SIZE_BYTES) == content(1, 0, SIZE_BYTES)
-    cache.remove_image(KEY)
-    assert list((tmp_path / "away" / "chunks").iterdir()) == []
-    assert sorted(one.name for one in path.rglob("*")) == ["chunks", "sidecars"]
-    cache.close()
-
-
-def test_folder_that_anybody_may_swap_is_refused(tmp_path: Path) -> None:
-    """Above the cache nobody else may rename folders; /tmp and its like, where each renames his own, will do."""
-    parent = tmp_path / "parent"
-    parent.mkdir()
-    parent.chmod(0o777)
-    with pytest.raises(CacheUnusable, match=f"anybody may swap it in {parent}; run: chmod o-w {parent}"):
-        CacheDir(parent / "between" / "cache")
-    parent.chmod(0o1777)
-    CacheDir(parent / "between" / "cache").close()
-
-
-def test_folder_others_may_write_is_refused(path: Path) -> None:
-    """A folder of ours that others could plant files in is refused, too."""
-    CacheDir(path).close()
-    (path / "chunks").chmod(0o777)
-    with pytest.raises(CacheUnusable, match="chunks can be written by others; run: chmod go-w"):
-        CacheDir(path)
 
 
 def test_folder_is_checked_under_who_uses_it(tmp_path: Path) -> None:
