@@ -98,8 +98,10 @@ class States:
 
     async def add(self, entry: ImageEntry) -> None:
         """Store a new entry.  Raises OSError."""
-        self._unsaved.pop(entry.key, None)
-        await self._disk.write(self._index.put, entry, limiter=self._limiter)
+        # Not while another is saved: that would be of an image that was dropped since.
+        async with self._changing:
+            self._unsaved.pop(entry.key, None)
+            await self._disk.write(self._index.put, entry, limiter=self._limiter)
 
     async def seen(
         self, entry: ImageEntry, image: LazyImage | None, seen: ImageRecord | LazyImgError
@@ -165,10 +167,16 @@ class States:
         await self.change(entry, lambda now: replace(now, **changes))  # type: ignore[arg-type]
 
     async def change(self, entry: ImageEntry, change: Callable[[ImageEntry], ImageEntry]) -> None:
-        """Change an entry durably; a failing disk costs its durability until `save`, not the guest."""
+        """Change an entry durably; a failing disk costs its durability until `save`, not the guest.
+
+        One that was dropped meanwhile stays so.
+        """
         # One at a time, or a change would be written over by another that began before it.
         async with self._changing:
-            changed = self._unsaved[entry.key] = change(self.get(entry.key) or entry)
+            now = self.get(entry.key)
+            if now is None:
+                return
+            changed = self._unsaved[entry.key] = change(now)
             try:
                 await self._save(changed)
             except OSError as exc:
