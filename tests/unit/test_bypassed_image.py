@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import trio
@@ -17,7 +16,6 @@ from lazyimg.core.chunks import CHUNK_SIZE_BYTES as CHUNK
 from lazyimg.errors import GlanceUnavailable, LookupUndecided
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.store import fileio
-from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.chunkfile import ChunkFile
 from lazyimg.store.entry import ImageEntry
 from lazyimg.store.index import Index
@@ -74,13 +72,6 @@ class HangingDisk:
 
     def end(self) -> None:
         self._goes_on.set()
-
-
-@pytest.fixture
-def rig(tmp_path: Path, nursery: trio.Nursery) -> Iterator[ImageRig]:
-    cache = CacheDir(tmp_path / "cache")
-    yield ImageRig(cache, nursery)
-    cache.close()
 
 
 @pytest.fixture

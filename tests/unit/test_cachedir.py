@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -24,13 +24,6 @@ KEY = image_entry(1, SIZE_BYTES).key
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def cache(path: Path) -> Iterator[CacheDir]:
-    cache = CacheDir(path)
-    yield cache
-    cache.close()
 
 
 def test_folder_is_made_private(path: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import trio
@@ -23,30 +22,14 @@ from lazyimg.errors import (
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.decisions import REST_S
 from lazyimg.image.lazyimage import LazyImage
-from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
 from lazyimg.store.index import Index
 
+# Threads run in real time, so the clock is moved by hand.
+pytestmark = pytest.mark.usefixtures("mock_clock")
+
 SIZE_BYTES = 3 * CHUNK + 7
 DOWN = GlanceUnavailable("down")
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[CacheDir]:
-    cache = CacheDir(tmp_path / "cache")
-    yield cache
-    cache.close()
-
-
-@pytest.fixture
-def rig(cache: CacheDir, nursery: trio.Nursery, mock_clock: MockClock) -> ImageRig:
-    # Threads run in real time, so the clock is moved by hand.
-    return ImageRig(cache, nursery)
-
-
-@pytest.fixture
-def catalog(rig: ImageRig) -> Catalog:
-    return rig.catalog()
 
 
 class Task:

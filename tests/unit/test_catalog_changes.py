@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import trio
 from image_fakes import ImageRig, Reply
 from store_images import content
-from trio.testing import MockClock, wait_all_tasks_blocked
+from trio.testing import wait_all_tasks_blocked
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES as CHUNK
 from lazyimg.core.identity import ImageRecord
 from lazyimg.errors import GlanceUnavailable, ImageForbidden, ImageNotFound, ImageRefused, InUse
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.lazyimage import LazyImage
-from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.index import Index
+
+# Threads run in real time, so the clock is moved by hand.
+pytestmark = pytest.mark.usefixtures("mock_clock")
 
 SIZE_BYTES = 3 * CHUNK + 7
 DOWN = GlanceUnavailable("down")
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[CacheDir]:
-    cache = CacheDir(tmp_path / "cache")
-    yield cache
-    cache.close()
-
-
-@pytest.fixture
-def rig(cache: CacheDir, nursery: trio.Nursery, mock_clock: MockClock) -> ImageRig:
-    return ImageRig(cache, nursery)
-
-
-@pytest.fixture
-def catalog(rig: ImageRig) -> Catalog:
-    return rig.catalog()
 
 
 async def present(rig: ImageRig, catalog: Catalog, number: int = 1, **changes: object) -> LazyImage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,6 @@ from lazyimg.store.index import PAGE_CHUNKS
 
 SIZE_BYTES = 10 * CHUNK + 5
 KEY = image_entry(1, SIZE_BYTES).key
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[CacheDir]:
-    cache = CacheDir(tmp_path / "cache")
-    yield cache
-    cache.close()
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import trio
 from image_fakes import ImageRig
@@ -15,22 +12,9 @@ from lazyimg.errors import GlanceUnavailable, LookupUndecided
 from lazyimg.image import decisions
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.decisions import REST_S
-from lazyimg.store.cachedir import CacheDir
 
 DOWN = GlanceUnavailable("Glance is down")
 LOOKUP_TIMEOUT_S = 2
-
-
-@pytest.fixture
-def rig(tmp_path: Path, nursery: trio.Nursery) -> Iterator[ImageRig]:
-    cache = CacheDir(tmp_path / "cache")
-    yield ImageRig(cache, nursery)
-    cache.close()
-
-
-@pytest.fixture
-def catalog(rig: ImageRig) -> Catalog:
-    return rig.catalog()
 
 
 def image_id(number: int) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import trio
 from image_fakes import ImageRig, Reader, Reply, chunk_bytes
@@ -20,18 +17,6 @@ from lazyimg.store.cachedir import CacheDir
 
 COUNT = 40
 SIZE_BYTES = COUNT * CHUNK - 100
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[CacheDir]:
-    cache = CacheDir(tmp_path / "cache")
-    yield cache
-    cache.close()
-
-
-@pytest.fixture
-def rig(cache: CacheDir, nursery: trio.Nursery) -> ImageRig:
-    return ImageRig(cache, nursery)
 
 
 @pytest.fixture

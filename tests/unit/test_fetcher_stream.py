@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import trio
@@ -18,18 +17,6 @@ from lazyimg.store.cachedir import CacheDir
 COUNT = 40
 SIZE_BYTES = COUNT * CHUNK - 100
 NO_RANGES = RangesNotSupported("Getting images randomly from this store is not supported")
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[CacheDir]:
-    cache = CacheDir(tmp_path / "cache")
-    yield cache
-    cache.close()
-
-
-@pytest.fixture
-def rig(cache: CacheDir, nursery: trio.Nursery) -> ImageRig:
-    return ImageRig(cache, nursery)
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import trio
@@ -17,7 +16,6 @@ from lazyimg.core.pace import Pace
 from lazyimg.errors import GlanceUnavailable, ImageNotFound
 from lazyimg.image.hydrator import LOOK_INTERVAL_S, SET_ASIDE_S, STEP_LIMIT_S, Hydrator
 from lazyimg.image.lazyimage import LazyImage
-from lazyimg.store.cachedir import CacheDir
 
 DELAY_S = 30
 SIZE_BYTES = 20 * CHUNK + 7
@@ -38,13 +36,6 @@ class Held:
     async def held_images(self) -> list[LazyImage]:
         await trio.lowlevel.checkpoint()
         return [image for image in self.images if image.open_handles]
-
-
-@pytest.fixture
-def rig(tmp_path: Path, nursery: trio.Nursery, mock_clock: MockClock) -> Iterator[ImageRig]:
-    cache = CacheDir(tmp_path / "cache")
-    yield ImageRig(cache, nursery)
-    cache.close()
 
 
 @pytest.fixture

@@ -27,13 +27,6 @@ UPPER_INODE = 1 << 62
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Iterator[CacheDir]:
-    cache = CacheDir(tmp_path / "cache")
-    yield cache
-    cache.close()
-
-
-@pytest.fixture
 def rig(cache: CacheDir, nursery: trio.Nursery) -> ImageRig:
     return ImageRig(cache, nursery, requests_max=1, background_requests_max=1)
 

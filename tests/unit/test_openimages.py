@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import trio
 from image_fakes import ImageRig
@@ -15,17 +12,9 @@ from lazyimg.core.identity import ImageRecord
 from lazyimg.errors import LookupUndecided
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.lazyimage import LazyImage
-from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.chunkfile import ChunkFile
 
 SIZE_BYTES = 40 * CHUNK
-
-
-@pytest.fixture
-def rig(tmp_path: Path, nursery: trio.Nursery) -> Iterator[ImageRig]:
-    cache = CacheDir(tmp_path / "cache")
-    yield ImageRig(cache, nursery)
-    cache.close()
 
 
 async def undecided(catalog: Catalog, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,13 +20,6 @@ KEY = image_entry(1, SIZE_BYTES).key
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def cache(path: Path) -> Iterator[CacheDir]:
-    cache = CacheDir(path)
-    yield cache
-    cache.close()
 
 
 @pytest.mark.parametrize("name", ["chunks", "sidecars", "aside", "index"])

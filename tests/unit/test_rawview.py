@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import image_fakes
 import pytest
@@ -21,16 +20,8 @@ from lazyimg.errors import GlanceUnavailable, SourceDamaged
 from lazyimg.image import arrivals
 from lazyimg.image.rawview import Qcow2View
 from lazyimg.image.view import View
-from lazyimg.store.cachedir import CacheDir
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def rig(tmp_path: Path, nursery: trio.Nursery) -> Iterator[ImageRig]:
-    cache = CacheDir(tmp_path / "cache")
-    yield ImageRig(cache, nursery)
-    cache.close()
 
 
 def image(cluster_bits: int, guest: dict[int, Kind], clusters: int, **geometry: object) -> Image:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-import trio
 from image_fakes import ImageRig
 from store_images import content, image_entry
 from trio.testing import MockClock
@@ -16,29 +14,11 @@ from lazyimg.errors import ImageQuarantined, InUse
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.sourcecheck import LOOK_INTERVAL_S, STEP_BYTES, SourceCheck, is_unproven
-from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
 from lazyimg.store.index import Index
 
 SIZE_BYTES = 3 * CHUNK + 7
 LOOK_S = int(LOOK_INTERVAL_S) + 1
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[CacheDir]:
-    cache = CacheDir(tmp_path / "cache")
-    yield cache
-    cache.close()
-
-
-@pytest.fixture
-def rig(cache: CacheDir, nursery: trio.Nursery, mock_clock: MockClock) -> ImageRig:
-    return ImageRig(cache, nursery)
-
-
-@pytest.fixture
-def catalog(rig: ImageRig) -> Catalog:
-    return rig.catalog()
 
 
 def start(rig: ImageRig, catalog: Catalog, *, bytes_per_s: int = 0) -> None:

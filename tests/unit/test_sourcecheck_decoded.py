@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
 import trio
 from image_fakes import ImageRig, Reply
 from qcow2_writer import Geometry, write_image
@@ -25,7 +23,6 @@ from lazyimg.image.sourcecheck import (
     Source,
     SourceCheck,
 )
-from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
 
 IMAGE = write_image(
@@ -34,13 +31,6 @@ IMAGE = write_image(
     seed=5,
 )
 LOOK_S = int(LOOK_INTERVAL_S) + 2
-
-
-@pytest.fixture
-def rig(tmp_path: Path, nursery: trio.Nursery, mock_clock: MockClock) -> Iterator[ImageRig]:
-    cache = CacheDir(tmp_path / "cache")
-    yield ImageRig(cache, nursery)
-    cache.close()
 
 
 class Images:

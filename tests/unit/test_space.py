@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import trio
@@ -22,13 +21,6 @@ SIZE_BYTES = COUNT * CHUNK
 # Room for four images; an eighth of it is margin, so three and a half are kept without dropping any.
 MAX_BYTES = 4 * SIZE_BYTES
 PLENTY = 1 << 40
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[CacheDir]:
-    cache = CacheDir(tmp_path / "cache")
-    yield cache
-    cache.close()
 
 
 def fill(cache: CacheDir, number: int, *, count: int = COUNT) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import trio
@@ -17,7 +16,6 @@ from lazyimg.errors import ReadTimeout, WholeBody
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.slots import FlightSlots
 from lazyimg.image.spool import Spool, SpoolSlots
-from lazyimg.store.cachedir import CacheDir
 
 # Threads and hashes of a source of some MB.
 pytestmark = pytest.mark.slow
@@ -26,12 +24,10 @@ CHUNKS = 40
 
 
 @pytest.fixture
-def rig(tmp_path: Path, nursery: trio.Nursery) -> Iterator[ImageRig]:
-    cache = CacheDir(tmp_path / "cache")
-    one = ImageRig(cache, nursery)
-    one.glance.has_ranges = False
-    yield one
-    cache.close()
+def rig(rig: ImageRig) -> ImageRig:
+    """The image layer over a store that serves no ranges."""
+    rig.glance.has_ranges = False
+    return rig
 
 
 @pytest.fixture(scope="module")

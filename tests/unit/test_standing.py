@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import trio
@@ -18,30 +17,15 @@ from lazyimg.errors import GlanceUnavailable, ImageChanged, ImageForbidden, Imag
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.recordwatch import FIRST_S, INTERVAL_S, INTERVAL_TROUBLE_S, SINGLE_MAX, RecordWatch
-from lazyimg.store.cachedir import CacheDir
+
+# Threads run in real time, so the clock is moved by hand.
+pytestmark = pytest.mark.usefixtures("mock_clock")
 
 # The first MiB comes with the lookup; the rest of an image is absent.
 SIZE_BYTES = 40 * CHUNK
 ABSENT = 30 * CHUNK
 MD5 = "0" * 32
 OTHER_MD5 = "f" * 32
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[CacheDir]:
-    cache = CacheDir(tmp_path / "cache")
-    yield cache
-    cache.close()
-
-
-@pytest.fixture
-def rig(cache: CacheDir, nursery: trio.Nursery, mock_clock: MockClock) -> ImageRig:
-    return ImageRig(cache, nursery)
-
-
-@pytest.fixture
-def catalog(rig: ImageRig) -> Catalog:
-    return rig.catalog()
 
 
 @pytest.fixture
