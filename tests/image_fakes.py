@@ -363,6 +363,13 @@ class Reader:
             self.ended_at = trio.current_time()
 
 
+async def wait_until(condition: Callable[[], object]) -> None:
+    """Return when the condition holds; threads are at work, so that a mock clock cannot say when."""
+    with trio.fail_after(20):
+        while not condition():  # noqa: ASYNC110  what a thread has done sets no event
+            await trio.sleep(0.001)
+
+
 def chunk_bytes(number: int, chunks: Sequence[int], size_bytes: int) -> dict[int, bytes]:
     """Return what `Fetcher.fetch` gives for these chunks."""
     return {c: content(number, c << 16, min((c + 1) << 16, size_bytes)) for c in chunks}

@@ -255,6 +255,17 @@ def _signal_all(pids: set[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
+def lookup(path: Path) -> str:
+    """Return what a lookup of a path says: that it is there, is not, or is not decided."""
+    try:
+        path.stat()
+    except BlockingIOError:
+        return "EAGAIN"
+    except FileNotFoundError:
+        return "ENOENT"
+    return "found"
+
+
 def read_direct(path: Path, start: int, size_bytes: int) -> bytes:
     """Read past the page cache, as qemu does with cache=none."""
     buffer = mmap.mmap(-1, size_bytes)

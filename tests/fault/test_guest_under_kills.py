@@ -32,6 +32,7 @@ pytestmark = pytest.mark.slow
 KERNEL = tuple(map(int, os.uname().release.split(".")[:2]))
 KILLS = 20
 RESTARTS = 5
+IMAGE_ID = "00000000-0000-4000-8000-000000000001"
 # Of the disk's 140 files each round checks those whose line number has another remainder.
 SLICES = 40
 ROUND = re.compile(r"^guest-round (\d+) (\w+)", re.MULTILINE)
@@ -95,70 +96,49 @@ class RunningGuest:
 
 
 @pytest.fixture
-def glance_with_guest(
-    guest: Guest, tmp_path: Path, make_glance: Callable[..., ServedGlance]
-) -> tuple[ServedGlance, str]:
-    """A slow Glance with the guest's disk, and the image's name under a mount."""
+def mount(
+    make_mount: Callable[..., Mount], make_glance: Callable[..., ServedGlance], guest: Guest, tmp_path: Path
+) -> Mount:
+    """A mount of a slow Glance that has the guest's disk as image `IMAGE_ID`."""
     # As `make_glance` names its folder; a record without a hash, since hashing 2 GiB takes seconds.
-    record = EmbeddedGlance(tmp_path / "glance0").add_image(guest.disk, name="guest", with_hash=False)
-    return make_glance("--latency-s", "0.02"), base_name(record.id)
+    stored = EmbeddedGlance(tmp_path / "glance0")
+    stored.add_image(guest.disk, id=IMAGE_ID, name="guest", with_hash=False)
+    return make_mount(make_glance("--latency-s", "0.02"))
 
 
 @pytest.fixture
-def start_guest(guest: Guest, tmp_path: Path) -> Iterator[Callable[[Path], RunningGuest]]:
-    """Return what boots the guest on an overlay of a base; it is ended with the test."""
+def running(guest: Guest, mount: Mount, tmp_path: Path) -> Iterator[RunningGuest]:
+    """The guest, booted on an overlay of its disk under the mount; it is ended with the test."""
     # The kernel unpacks one archive after the other, so that this init takes the place of the first one's.
     own = tmp_path / "own-ramdisk"
     write_ramdisk(own, {"init": INIT.encode()}, folders=())
     ramdisk = tmp_path / "ramdisk"
     ramdisk.write_bytes(guest.ramdisk.read_bytes() + own.read_bytes())
-    started: list[RunningGuest] = []
-
-    def start(base: Path) -> RunningGuest:
-        overlay = tmp_path / "overlay.qcow2"
-        run_program(
-            ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, overlay], timeout_s=30
-        )
-        started.append(RunningGuest(guest, ramdisk, overlay, tmp_path / "console"))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.kill()
+    base, overlay = mount.path / base_name(IMAGE_ID), tmp_path / "overlay.qcow2"
+    run_program(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, overlay], timeout_s=30)
+    running = RunningGuest(guest, ramdisk, overlay, tmp_path / "console")
+    yield running
+    running.kill()
 
 
 @pytest.mark.skipif(KERNEL < (6, 9), reason="Linux 6.9 is missing here: it sends requests again")
-def test_guest_checks_its_files_across_twenty_kills(
-    make_mount: Callable[..., Mount],
-    glance_with_guest: tuple[ServedGlance, str],
-    start_guest: Callable[[Path], RunningGuest],
-) -> None:
+def test_guest_checks_its_files_across_twenty_kills(mount: Mount, running: RunningGuest) -> None:
     """[I9] SIGKILL of the daemon, twenty times under a guest's disk: the guest notices nothing."""
-    glance, name = glance_with_guest
-    mount = make_mount(glance)
-    guest = start_guest(mount.path / name)
     chance = random.Random(20)
     for _ in range(KILLS):
         time.sleep(chance.uniform(0.1, 0.8))
         mount.new_daemon(mount.kill_daemon())
-    assert_well(guest, mount)
+    assert_well(running, mount)
 
 
-def test_guest_checks_its_files_across_planned_restarts(
-    make_mount: Callable[..., Mount],
-    glance_with_guest: tuple[ServedGlance, str],
-    start_guest: Callable[[Path], RunningGuest],
-) -> None:
+def test_guest_checks_its_files_across_planned_restarts(mount: Mount, running: RunningGuest) -> None:
     """[I9] `lazyimg restart`, five times under a guest's disk: the guest notices nothing."""
-    glance, name = glance_with_guest
-    mount = make_mount(glance)
-    guest = start_guest(mount.path / name)
     chance = random.Random(5)
     for _ in range(RESTARTS):
         time.sleep(chance.uniform(0.1, 1.5))
         old_pid, pid = mount.client().restart()
         assert old_pid != pid
-    assert_well(guest, mount)
+    assert_well(running, mount)
 
 
 def assert_well(guest: RunningGuest, mount: Mount) -> None:

@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-from real_mount import Mount, wait_until
+from real_mount import Mount, lookup, wait_until
 from served_glance import MIB, ServedGlance
 
 from lazyimg.demo.faults import FaultRule
@@ -21,16 +20,6 @@ LOOKUP_TIMEOUT_S = 2
 # What the machine may take beside the limit, from the first question to the last answer.
 SLACK_S = 1.0
 STALL_S = 600
-
-
-def lookup(path: Path) -> str:
-    try:
-        path.stat()
-    except BlockingIOError:
-        return "EAGAIN"
-    except FileNotFoundError:
-        return "ENOENT"
-    return "found"
 
 
 @contextmanager

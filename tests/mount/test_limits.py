@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-from real_mount import Mount, read_direct, wait_until
+from real_mount import Mount, lookup, read_direct, wait_until
 from served_glance import MIB, ServedGlance
 
 from lazyimg.demo.faults import FaultRule
@@ -102,13 +101,3 @@ def test_lookup_that_cannot_be_decided_ends(
     glance.start()
     wait_until(lambda: lookup(mount.path_of(unknown)) == "found", "the name", 30)
     assert mount.path_of(unknown).read_bytes() == unknown.content
-
-
-def lookup(path: Path) -> str:
-    try:
-        path.stat()
-    except BlockingIOError:
-        return "EAGAIN"
-    except FileNotFoundError:
-        return "ENOENT"
-    return "found"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import image_fakes
 import pytest
 import trio
-from image_fakes import ImageRig, Reader
+from image_fakes import ImageRig, Reader, wait_until
 from qcow2_writer import Geometry, Image, Kind, write_image
 from rawview_rig import add_qcow2, broken, held, lie, open_again, open_raw, raw_maker, view_of
 from trio.testing import wait_all_tasks_blocked
@@ -38,13 +38,6 @@ def small() -> Image:
 def big() -> Image:
     """Compressed clusters of 2 MiB, in little source."""
     return image(21, dict.fromkeys(range(3), "compressed"), 3)
-
-
-async def wait_until(condition: Callable[[], object]) -> None:
-    """Return when the condition holds; threads are at work, so that a mock clock cannot say when."""
-    with trio.fail_after(20):
-        while not condition():  # noqa: ASYNC110  what a thread has done sets no event
-            await trio.sleep(0.001)
 
 
 # ── what is asked ──

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import trio
-from image_fakes import ImageRig, Reader, Reply
+from image_fakes import ImageRig, Reader, Reply, wait_until
 from qcow2_writer import Geometry, Image, write_image
 from rawview_rig import broken, lie, open_again, open_raw
 
@@ -35,13 +35,6 @@ def image() -> Image:
     """2.5 MiB of data and compressed clusters, in no order, tables among them."""
     guest = {index: "compressed" if index % 3 else "data" for index in range(CHUNKS)}
     return write_image(Geometry(3, 16, CHUNKS * CHUNK), guest, seed=3)  # type: ignore[arg-type]
-
-
-async def wait_until(condition: Callable[[], object]) -> None:
-    """Return when the condition holds; threads are at work, so that a mock clock cannot say when."""
-    with trio.fail_after(20):
-        while not condition():  # noqa: ASYNC110  what a thread has done sets no event
-            await trio.sleep(0.001)
 
 
 async def assert_reads_right(opened: LazyImage, image: Image) -> None:
