@@ -70,7 +70,7 @@ class Answers:
         Asks neither Glance nor a disk, so that it answers whatever hangs.
         """
         shown = [
-            _image_status(entry, image, is_held=self._catalog.is_held(entry.key))
+            _image_status(entry, image, self._catalog.handles_of(entry.key))
             for entry, image in self._catalog.entries()
         ]
         refused = [_refused_status(record, reason) for record, reason in self._catalog.refusals()]
@@ -226,7 +226,7 @@ class Answers:
             scope.cancel()
 
 
-def _image_status(entry: ImageEntry, image: LazyImage | None, *, is_held: bool) -> dict[str, object]:
+def _image_status(entry: ImageEntry, image: LazyImage | None, handles: int) -> dict[str, object]:
     record = entry.record
     present_bytes = min(entry.present_count * CHUNK_SIZE_BYTES, entry.size_bytes)
     fields: dict[str, object] = {
@@ -237,7 +237,7 @@ def _image_status(entry: ImageEntry, image: LazyImage | None, *, is_held: bool) 
         "fetched_bytes": 0,
         "requests": 0,
         "source": entry.source,
-        "open_handles": 0,
+        "open_handles": handles,
     }
     state = entry.state
     if image is not None:
@@ -247,7 +247,6 @@ def _image_status(entry: ImageEntry, image: LazyImage | None, *, is_held: bool) 
             "fetched_bytes": now.fetch.fetched_bytes,
             "requests": now.fetch.requests,
             "source": image.source,
-            "open_handles": now.open_handles,
             "retries": now.fetch.retries,
             "waiting_chunks": now.fetch.waiting_chunks,
             "last_error": now.fetch.last_error,
@@ -269,7 +268,7 @@ def _image_status(entry: ImageEntry, image: LazyImage | None, *, is_held: bool) 
         "missing_bytes": missing_bytes,
         "source_hash": source_hash,
         # Its guests depend on Glance having it.
-        "at_risk": is_held and missing_bytes > 0,
+        "at_risk": handles > 0 and missing_bytes > 0,
     }
 
 

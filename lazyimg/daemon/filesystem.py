@@ -22,8 +22,11 @@ import trio
 
 from lazyimg.daemon.attributes import statistics_data, upper_attributes
 from lazyimg.daemon.errnos import ERRNO
+from lazyimg.daemon.handles import Handles
 from lazyimg.daemon.inflight import InFlight
+from lazyimg.daemon.kernelpages import is_known
 from lazyimg.daemon.lazyfiles import LazyFiles
+from lazyimg.daemon.lostopens import LostOpens
 from lazyimg.daemon.upper import INODE_BIT, ROOT_INODE, Caller, Change, Upper
 from lazyimg.daemon.uppertrouble import UpperTrouble
 from lazyimg.errors import LazyImgError
@@ -79,6 +82,7 @@ class Filesystem(pyfuse3.Operations):
         upper_limiter: trio.CapacityLimiter,
         take_over: Callable[[], None],
         after_answers: trio.Nursery,
+        handles: Handles,
     ) -> None:
         super().__init__()
         self._lazy = lazy
@@ -89,6 +93,7 @@ class Filesystem(pyfuse3.Operations):
         self._take_over = take_over
         self.in_flight = InFlight(lazy.images)
         self._after_answers = after_answers
+        self.lost_opens = LostOpens(handles, is_known, self._closed)
 
     def init(self) -> None:
         self._take_over()
@@ -137,6 +142,9 @@ class Filesystem(pyfuse3.Operations):
 
     @_never_raises
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for inode, _ in inode_list:
+            if self.lost_opens.may_have(inode):
+                self._after_answers.start_soon(self.lost_opens.look_into, inode)
         forgotten = [(inode, count) for inode, count in inode_list if inode & INODE_BIT]
         if forgotten:
             await self._in_upper(self._upper.forget, forgotten)
@@ -227,18 +235,22 @@ class Filesystem(pyfuse3.Operations):
     async def release(self, fh: int) -> None:
         # pyfuse3 answers before this task runs.  A release that the kernel sends again, because nobody answered
         # it, is then never counted twice: the file would be closed under another of its handles.
+        self.lost_opens.release_begins(fh)
         self._after_answers.start_soon(self._release, fh)
 
     async def _release(self, inode: int) -> None:
-        with contextlib.suppress(pyfuse3.FUSEError):
-            await self._released(inode)
+        try:
+            with contextlib.suppress(pyfuse3.FUSEError):
+                await self._closed(inode, 1)
+        finally:
+            self.lost_opens.release_ended(inode)
 
     @_never_raises
-    async def _released(self, inode: int) -> None:
+    async def _closed(self, inode: int, count: int) -> None:
         if inode & INODE_BIT:
-            await self._in_upper(self._upper.files.release, inode)
+            await self._in_upper(self._upper.files.release, inode, count)
         else:
-            await self._lazy.release(inode)
+            await self._lazy.release(inode, count)
 
     # ── making names ──
 

@@ -2,8 +2,8 @@
 
 Guards I7 and I9 across a daemon's death: an image that is open is never dropped, an open file never closed.  So a
 count may be too high, never too low: it goes up before an open is answered and down after a release is, and what
-the kernel sends again is counted again.  A daemon killed at that very instant leaves one handle too many until the
-mount ends.
+the kernel sends again is counted again.  What a daemon killed at that very instant leaves too many, lostopens.py takes
+back.
 
 The memory file, written by one daemon at a time, is SLOTS_MAX times
 

@@ -9,6 +9,7 @@ lock: the mount hung for ever.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections import Counter
 from functools import partial
@@ -43,12 +44,26 @@ class KernelPages:
     async def _forget(self, inode: int) -> None:
         # What is asked from here on may come too late for this time.
         self._pending.discard(inode)
-        tell = partial(pyfuse3.invalidate_inode, inode, attr_only=True)
         try:
-            # Not on the event loop: a write to /dev/fuse takes locks of the connection.
-            await trio.to_thread.run_sync(tell, abandon_on_cancel=True)
+            await _forget_attributes(inode)
         except OSError as exc:
             # The kernel does not know the inode (ENOENT): it keeps nothing of it.
             logger.debug("inode %d: nothing to forget: %s", inode, exc)
         except Exception:
             logger.exception("inode %d: the kernel was not told to forget it", inode)
+
+
+async def is_known(inode: int) -> bool:
+    """True if the kernel knows an inode, or will not say."""
+    try:
+        await _forget_attributes(inode)
+    except OSError as exc:
+        return exc.errno != errno.ENOENT
+    return True
+
+
+async def _forget_attributes(inode: int) -> None:
+    """Raises OSError, with ENOENT where the kernel does not know the inode."""
+    # Not on the event loop: a write to /dev/fuse takes locks of the connection.
+    tell = partial(pyfuse3.invalidate_inode, inode, attr_only=True)
+    await trio.to_thread.run_sync(tell, abandon_on_cancel=True)

@@ -193,12 +193,13 @@ async def _serve(
 
             def make_filesystem(after_answers: trio.Nursery) -> Filesystem:
                 limiter = trio.CapacityLimiter(config.upper_threads)
-                return Filesystem(lazy, upper, limiter, resumption.take_over, after_answers)
+                return Filesystem(lazy, upper, limiter, resumption.take_over, after_answers, handles)
 
             filesystem: Filesystem = await nursery.start(
                 _serve_fuse, session, make_filesystem, nursery.cancel_scope
             )
             nursery.start_soon(_again_after_faults, link.listen)
+            nursery.start_soon(filesystem.lost_opens.look_into_all)
             # From here on the kernel can be told to forget what one of these finds wrong.
             nursery.start_soon(_again_after_faults, watch.run, catalog)
             # What hydration fetches and what it is compared with are paid for together.

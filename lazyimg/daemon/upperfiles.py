@@ -160,10 +160,11 @@ class UpperFiles:
         with self._used(inode, writing=True) as fd:
             os.close(os.dup(fd))
 
-    def release(self, inode: int) -> None:
-        """Take back one handle."""
+    def release(self, inode: int, count: int = 1) -> None:
+        """Take back so many handles."""
         with self._lock:
-            self._handles.closed(inode)
+            for _ in range(count):
+                self._handles.closed(inode)
             file = self._files.get(inode)
             unused = None if file is None else self._taken_if_unused(inode, file)
         self._close(inode, unused)

@@ -197,9 +197,9 @@ class Catalog:
         """Return the images that guests hold open, or may since a daemon before this one."""
         return await self._opened.held(self._lookup_timeout_s)
 
-    def is_held(self, key: str) -> bool:
-        """True if guests hold the image open, or may."""
-        return key in self._opened.held_keys()
+    def handles_of(self, key: str) -> int:
+        """Return how many handles guests have of an image, also of one that was not used since they were opened."""
+        return self._opened.handles_of(key)
 
     def entries(self) -> list[tuple[ImageEntry, LazyImage | None]]:
         """Return what the index has of each published image, with the image itself if it is open."""

@@ -88,6 +88,11 @@ class OpenImages:
                 logger.debug("image of key %s: not opened: %r", key, exc)
         return held
 
+    def handles_of(self, key: str) -> int:
+        """Return how many handles guests have of an image."""
+        image = self._images.get(key)
+        return self._handles.get(key, 0) if image is None else image.open_handles
+
     def held_keys(self) -> set[str]:
         """Return the images that guests hold open."""
         return {key for key, image in self._images.items() if image.open_handles} | self._handles.keys()
@@ -178,8 +183,7 @@ class OpenImages:
         return freed_bytes
 
     def _check_unused(self, record: ImageRecord, key: str) -> None:
-        image = self._images.get(key)
-        handles = self._handles.get(key, 0) if image is None else image.open_handles
+        handles = self.handles_of(key)
         if handles:
             raise InUse(f"image {record.id}: open by {handles} handles; end its guests first")
 

@@ -14,6 +14,7 @@ from real_mount import Mount, is_mounted, is_running, lazyimg, read_direct, wait
 from served_glance import MIB, ServedGlance, ServedImage
 
 from lazyimg.core.kernel import can_resend
+from lazyimg.daemon.handles import Handles
 from lazyimg.demo.faults import FaultRule
 
 pytestmark = pytest.mark.slow
@@ -131,6 +132,52 @@ def test_handles_are_counted_across_daemons(make_mount: Callable[..., Mount], gl
         assert os.pread(fd, 4096, 0) == image.content[:4096]
     wait_until(lambda: mount.status_of(image)["open_handles"] == 0, "the release")
     assert lazyimg("evict", image.id, "--control", mount.control).returncode == 0
+
+
+def test_open_that_nobody_answered_keeps_nothing(
+    make_mount: Callable[..., Mount], glance: ServedGlance
+) -> None:
+    """[I7] A daemon killed between counting an open and answering it leaves no handle that nobody can close.
+
+    count 1 more of an open file, as such a daemon does   unlink and close it   its room is free again
+    count 1 of an image, kill                             unlink it             its chunks go
+    count 1 of what the kernel does not know              kill                  it is forgotten
+    """
+    image = glance.add(MIB)
+    mount = make_mount(glance)
+    handles = counted_handles(mount)
+    with opened(mount.path / "a", os.O_RDWR | os.O_CREAT) as fd:
+        handles.opened(os.fstat(fd).st_ino)
+        (mount.path / "a").unlink()
+        assert deleted_files_of(mount.holder_pid)
+    wait_until(lambda: not deleted_files_of(mount.holder_pid), "the holder to close the file")
+    path = mount.path_of(image)
+    assert path.read_bytes() == image.content
+    wait_until(lambda: not counted_handles(mount).all(), "the release")
+    handles.opened(path.stat().st_ino)
+    handles.opened(1 << 62)
+    mount.new_daemon(mount.kill_daemon())
+    assert mount.status_of(image)["open_handles"] == 1
+    path.unlink()
+    wait_until(lambda: not mount.status()["images"], "the image to go")
+    assert not counted_handles(mount).all()
+    assert mount.stop() == 0
+
+
+def counted_handles(mount: Mount) -> Handles:
+    """Return the counts of a mount's handles, as holder and daemon share them."""
+    (table,) = (fd for fd, target in files_of(mount.holder_pid) if "lazyimg-handles" in target)
+    with opened(Path(table), os.O_RDWR) as fd:
+        return Handles(fd)
+
+
+def deleted_files_of(pid: int) -> list[str]:
+    return [target for _, target in files_of(pid) if target.endswith("/a (deleted)")]
+
+
+def files_of(pid: int) -> list[tuple[str, str]]:
+    """Return, of each descriptor of a process, its path below /proc and what it is of."""
+    return [(str(fd), os.readlink(fd)) for fd in Path(f"/proc/{pid}/fd").iterdir()]
 
 
 def test_restart_under_readers_and_a_writer(

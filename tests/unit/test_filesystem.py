@@ -16,6 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 from lazyimg import errors
 from lazyimg.daemon.errnos import ERRNO
 from lazyimg.daemon.filesystem import Filesystem
+from lazyimg.daemon.handles import Handles, make_table
 from lazyimg.daemon.lazyfiles import LazyFiles
 from lazyimg.daemon.upper import INODE_BIT, ROOT_INODE, Upper
 from lazyimg.errors import ImageNotFound, LazyImgError, LookupUndecided, ReadTimeout
@@ -53,7 +54,12 @@ def failing(error: Exception, after_answers: trio.Nursery) -> Filesystem:
     broken = Failing(error)
     broken.images[IMAGE_INODE] = broken
     return Filesystem(
-        cast(LazyFiles, broken), cast(Upper, broken), trio.CapacityLimiter(1), lambda: None, after_answers
+        cast(LazyFiles, broken),
+        cast(Upper, broken),
+        trio.CapacityLimiter(1),
+        lambda: None,
+        after_answers,
+        Handles(make_table()),
     )
 
 
@@ -153,11 +159,16 @@ async def test_release_counts_only_after_its_answer(nursery: trio.Nursery) -> No
     class Files:
         images: ClassVar[dict[int, object]] = {}
 
-        async def release(self, inode: int) -> None:
+        async def release(self, inode: int, _count: int) -> None:
             released.append(inode)
 
     filesystem = Filesystem(
-        cast(LazyFiles, Files()), cast(Upper, None), trio.CapacityLimiter(1), lambda: None, nursery
+        cast(LazyFiles, Files()),
+        cast(Upper, None),
+        trio.CapacityLimiter(1),
+        lambda: None,
+        nursery,
+        Handles(make_table()),
     )
     await filesystem.release(IMAGE_INODE)
     assert not released
