@@ -17,8 +17,10 @@ from store_images import content, image_entry
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from lazyimg.core.identity import ImageRecord
+from lazyimg.core.pace import Pace
 from lazyimg.core.readahead import Readahead
 from lazyimg.errors import GlanceUnavailable, ImageNotFound, RangesNotSupported, SourceDoubted
+from lazyimg.image.brake import Brake, SlowStreams
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.fetcher import Fetcher
@@ -227,6 +229,8 @@ class ImageRig:
         self.fake_space = FakeSpace()
         self.space = space or self.fake_space
         self.slots = FlightSlots(requests_max, background_requests_max)
+        # Slowed down by nothing until a test says otherwise.
+        self.slow_streams = SlowStreams(Pace(0))
         self.budget = ByteBudget(write_buffer_max_bytes)
         self.request_bytes_max = request_bytes_max
         self.read_timeout_s = read_timeout_s
@@ -296,6 +300,7 @@ class ImageRig:
             writer,
             TableStore(file, self.disk, self.read_limiter),
             self.slots,
+            Brake(self.slow_streams),
             self.decoding,
             self.nursery,
             request_bytes_max=self.request_bytes_max,

@@ -22,6 +22,7 @@ def raw_maker(rig: ImageRig, *, request_bytes_max: int = MIB) -> ImageMaker:
     """Return what makes images of the raw view."""
     shared = Shared(
         rig.slots,
+        rig.slow_streams,
         rig.budget,
         rig.unstored,
         rig.disk,

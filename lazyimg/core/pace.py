@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Streams that go on slowly at once, beside all requests: enough for the images of a host that become whole by one.
+SLOW_STREAMS_MAX = 4
+
 
 class Pace:
     """So many bytes a second on average: what was spent is paid for by waiting before the next is.

@@ -39,6 +39,7 @@ from lazyimg.daemon.upper import Upper
 from lazyimg.errors import ConfigError, InUse, LazyImgError, RestartRefused
 from lazyimg.glance.auth import make_auth
 from lazyimg.glance.configured import make_glance
+from lazyimg.image.brake import SlowStreams
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.hydrator import Hydrator
@@ -130,7 +131,9 @@ async def _serve(
         refuse_change(cache.index.entries(), config.view)
         glance = make_glance(config, make_auth(config))
         disk = DiskHealth(cache.path, cache.probe, timeout_s=config.disk_timeout)
-        shared = _make_shared(config, disk)
+        # What hydration fetches, what it is compared with, and what streams bring for nobody are paid for together.
+        pace = Pace(config.hydrate_rate)
+        shared = _make_shared(config, disk, pace)
         space = CacheSpace(
             cache,
             disk,
@@ -202,8 +205,6 @@ async def _serve(
             nursery.start_soon(filesystem.lost_opens.look_into_all)
             # From here on the kernel can be told to forget what one of these finds wrong.
             nursery.start_soon(_again_after_faults, watch.run, catalog)
-            # What hydration fetches and what it is compared with are paid for together.
-            pace = Pace(config.hydrate_rate)
             source = Source(glance, shared.slots, pace) if config.hydrate else None
             check = SourceCheck(catalog, disk, trio.CapacityLimiter(1), source, bytes_per_s=config.hash_rate)
             nursery.start_soon(_again_after_faults, check.run)
@@ -247,9 +248,10 @@ async def _serve(
         cache.close()
 
 
-def _make_shared(config: Config, disk: DiskHealth) -> Shared:
+def _make_shared(config: Config, disk: DiskHealth, pace: Pace) -> Shared:
     return Shared(
         FlightSlots(config.requests_max, config.background_requests_max),
+        SlowStreams(pace),
         ByteBudget(config.write_buffer_max),
         Unstored(),
         disk,

@@ -8,20 +8,19 @@ take them therefore fails no read.  Guards I3, I4 and I5.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
 from lazyimg.core.chunks import chunks_of
 from lazyimg.core.fetchplan import FetchPlan, Piece, Request
-from lazyimg.errors import (
-    GlanceUnavailable,
-    LazyImgError,
-    SourceDamaged,
-)
+from lazyimg.errors import GlanceUnavailable, LazyImgError, SourceDamaged
 from lazyimg.image.arrivals import Arrivals
 from lazyimg.image.backoff import Backoff
+from lazyimg.image.brake import Brake
 from lazyimg.image.flights import Flights
 from lazyimg.image.ladder import Ladder
 from lazyimg.image.slots import Slots
@@ -56,6 +55,7 @@ class Fetcher:
         writer: Writer,
         tables: TableStore,
         slots: Slots,
+        brake: Brake,
         decoding: trio.CapacityLimiter,
         nursery: trio.Nursery,
         *,
@@ -69,6 +69,7 @@ class Fetcher:
         self._writer = writer
         self._tables = tables
         self._slots = slots
+        self._brake = brake
         self._backoff = Backoff(image_id, retry_pause_max_s, glance.wait_recovered)
         self._plan = FetchPlan(request_bytes_max)
         self._wants = Wants(image_id, self._plan, view, read_timeout_s)
@@ -77,7 +78,7 @@ class Fetcher:
         self.ladder = Ladder(image_id, glance, may_step_down=view.is_streamable)
         self._is_streaming = False
         # How far any stream has come.
-        self._streamed_bytes_max = 0
+        self.streamed_bytes_max = 0
         # False while only lookups want bytes: their flights may take the slots kept for them, and their stream ends
         # when it has what they want.  One for a reader goes to the end, since the next would begin at zero again.
         self._has_reader = False
@@ -99,13 +100,7 @@ class Fetcher:
         """Return a snapshot of the counters."""
         error = None if self._wants.last_error is None else str(self._wants.last_error)
         retries = self._backoff.retries
-        return FetchStatistics(
-            self._requests,
-            self._fetched_bytes,
-            retries,
-            len(self._wants),
-            error,
-        )
+        return FetchStatistics(self._requests, self._fetched_bytes, retries, len(self._wants), error)
 
     def waits_for(self, chunks: Iterable[int]) -> Cause | None:
         """Say what keeps these chunks from coming, None if nobody waits here for any of them."""
@@ -118,18 +113,19 @@ class Fetcher:
         ahead: Iterable[int] = (),
         urgent: bool = True,
         for_lookup: bool = False,
+        at_pace: bool = False,
     ) -> dict[int, bytes]:
         """Return the bytes of absent chunks, waiting for them; want those of `ahead` too, waiting for none.
 
         Urgent wants wait `read_timeout`, on a stream that long without progress, then raise ReadTimeout; others
-        wait as long as it takes.  Raises ImageNotFound or ImageForbidden once Glance's record of the image
-        itself says so, SourceDamaged where the source is not what its format allows.  Cancellation leaves the
-        flights as they are.
+        wait as long as it takes.  at_pace: a stream that brings them may be slowed down.  Raises ImageNotFound or
+        ImageForbidden once Glance's record of the image itself says so, SourceDamaged where the source is not what
+        its format allows.  Cancellation leaves the flights as they are.
         """
         if self._flights.is_stopped:
             raise self._dropped()
         self._has_reader |= not for_lookup
-        with self._wants.limit(chunks, urgent=urgent):
+        with self._wants.limit(chunks, urgent=urgent), nullcontext() if at_pace else self._brake.off():
             while True:
                 try:
                     await self._need_tables(chunks, urgent=urgent)
@@ -350,32 +346,36 @@ class Fetcher:
         error: LazyImgError | None = None
         try:
             size_bytes = self._view.source_size_bytes
-            async with self._glance.open_stream(self._image_id, size_bytes=size_bytes) as body:
-                cutter = Cutter(self._view.stream_pieces())
-                received_bytes = 0
-                async for data in body:
-                    received_bytes += len(data)
-                    await self._arrived(list(cutter.feed(data)))
-                    # To come again as far as before is no progress: a stream that always breaks at one place
-                    # must not keep those behind it waiting for ever.
-                    if received_bytes > self._streamed_bytes_max:
-                        self._streamed_bytes_max = received_bytes
-                        self._backoff.succeeded()
-                        self._wants.prolong()
-                    if not self._wants and not self._has_reader:
-                        break
+            with self._brake.stream(partial(self._slots.give_back, urgent=True)):
+                async with self._glance.open_stream(self._image_id, size_bytes=size_bytes) as body:
+                    await self._take_stream(body)
         except LazyImgError as exc:
             error = exc
         except Exception as exc:
             logger.exception("image %s: a stream failed in an unforeseen way", self._image_id)
             error = GlanceUnavailable(f"image {self._image_id}: internal error: {exc!r}; will retry")
         finally:
-            self._slots.give_back(urgent=True)
             self._is_streaming = False
         if error is not None:
             await self._after_failure(error)
         # Whoever waits for what this stream had passed already is served by another.
         self._pump()
+
+    async def _take_stream(self, body: AsyncIterator[bytes]) -> None:
+        cutter = Cutter(self._view.stream_pieces())
+        received_bytes = 0
+        async for data in body:
+            received_bytes += len(data)
+            await self._arrived(list(cutter.feed(data)))
+            # To come again as far as before is no progress: a stream that always breaks at one place must not keep
+            # those behind it waiting for ever.
+            if received_bytes > self.streamed_bytes_max:
+                self.streamed_bytes_max = received_bytes
+                self._backoff.succeeded()
+                self._wants.prolong()
+            is_needed = self._wants or self._has_reader
+            if not is_needed or not await self._brake.pay(len(data)):
+                break
 
     # ── failures ──
 

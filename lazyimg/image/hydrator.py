@@ -126,7 +126,7 @@ class Hydrator:
         """Fetch a step's worth of one image, unless it is released meanwhile."""
         began_s = trio.current_time()
         missing_bytes = image.missing_bytes
-        fetched_bytes = image.statistics().fetch.fetched_bytes
+        fetched_bytes, streamed_bytes = image.statistics().fetch.fetched_bytes, image.streamed_bytes_max
         with trio.move_on_after(STEP_LIMIT_S) as scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_then_cancel, image.wait_released, nursery.cancel_scope)
@@ -136,8 +136,11 @@ class Hydrator:
                     logger.info("image %s: not hydrated for now: %s", image.record.id, exc)
                 nursery.cancel_scope.cancel()
         now_s = trio.current_time()
-        self._pace.spend(image.statistics().fetch.fetched_bytes - fetched_bytes, now_s)
-        if image.missing_bytes >= missing_bytes:
+        # A stream pays for itself.
+        if image.source != "stream":
+            self._pace.spend(image.statistics().fetch.fetched_bytes - fetched_bytes, now_s)
+        # At a low rate a stream takes longer than a step to come to what is absent.
+        if image.missing_bytes >= missing_bytes and image.streamed_bytes_max <= streamed_bytes:
             self._set_aside[image.inode] = _SetAside(self._aside(image).count + 1, now_s + SET_ASIDE_S)
             return
         self._set_aside.pop(image.inode, None)

@@ -102,6 +102,11 @@ class LazyImage:
         return self.fetcher.source if self._spool is None else self._spool.source
 
     @property
+    def streamed_bytes_max(self) -> int:
+        """How far any stream of its source has come."""
+        return self.fetcher.streamed_bytes_max if self._spool is None else self._spool.filled_bytes_max
+
+    @property
     def is_whole(self) -> bool:
         return self._file.is_whole
 
@@ -269,7 +274,7 @@ class LazyImage:
             absent = (await self._absent(chunks))[:chunks_max]
             if absent:
                 self._hydrated_chunk = absent[-1] + 1
-                await self.fetcher.fetch(absent, urgent=False)
+                await self.fetcher.fetch(absent, urgent=False, at_pace=True)
                 await self.fetcher.wait_written()
                 return
 

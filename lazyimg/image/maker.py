@@ -14,6 +14,7 @@ from lazyimg.core.header import HEAD_SIZE_BYTES, is_decoded
 from lazyimg.core.identity import ImageRecord
 from lazyimg.core.qcow2 import parse_header
 from lazyimg.core.readahead import Readahead
+from lazyimg.image.brake import Brake, SlowStreams
 from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.fetcher import Fetcher
 from lazyimg.image.lazyimage import LazyImage
@@ -36,6 +37,7 @@ class Shared:
     """What all images share: flights, bytes not on disk, the disk, and threads, a limiter for each purpose."""
 
     slots: FlightSlots
+    slow_streams: SlowStreams
     unwritten: ByteBudget
     unstored: Unstored
     disk: DiskHealth
@@ -99,11 +101,12 @@ class ImageMaker:
         """
         view: View = StoredView(file.size_bytes)
         spool: Spool | None = None
+        brake = Brake(self._shared.slow_streams)
         if is_decoded(record, self._view):
-            spool = self._spool(record)
+            spool = self._spool(record, brake)
             head = await self._kept_head(record, file, head)
             view = Qcow2View(parse_header(head, record.size_bytes or 0), self._limits.tables_memory_max_bytes)
-        fetcher = self._fetcher(record, view, file, file, self._space, spool)
+        fetcher = self._fetcher(record, view, file, file, self._space, brake, spool)
         readahead = Readahead(self._limits.random_request_bytes_max, self._limits.request_bytes_max)
         return LazyImage(
             record,
@@ -123,7 +126,8 @@ class ImageMaker:
         """Return the source's first bytes, up to HEAD_SIZE_BYTES, for a lookup.  Raises as `Fetcher.fetch` does."""
         size_bytes = record.size_bytes or 0
         head_bytes = min(size_bytes, HEAD_SIZE_BYTES)
-        fetcher = self._fetcher(record, StoredView(size_bytes), _Nowhere(), _Nowhere(), _Nowhere())
+        brake = Brake(self._shared.slow_streams)
+        fetcher = self._fetcher(record, StoredView(size_bytes), _Nowhere(), _Nowhere(), _Nowhere(), brake)
         try:
             chunks = await fetcher.fetch(range(chunk_count(head_bytes)), for_lookup=True)
         finally:
@@ -149,7 +153,7 @@ class ImageMaker:
     def _pinned(self, record: ImageRecord) -> PinnedSource:
         return PinnedSource(self._glance, record, self._has_news)
 
-    def _spool(self, record: ImageRecord) -> Spool:
+    def _spool(self, record: ImageRecord, brake: Brake) -> Spool:
         key = record.key(self._view)
         algo = None if record.source_hash is None else record.source_hash[0]
         shared = self._shared
@@ -164,6 +168,7 @@ class ImageMaker:
             self._space,
             shared.disk,
             shared.slots,
+            brake,
             shared.cache_writes,
             self._nursery,
         )
@@ -175,6 +180,7 @@ class ImageMaker:
         sink: ChunkSink,
         tables: TableFile,
         space: Space,
+        brake: Brake,
         spool: Spool | None = None,
     ) -> Fetcher:
         shared = self._shared
@@ -193,6 +199,7 @@ class ImageMaker:
             ),
             self._tables(record, tables),
             shared.slots if spool is None else spool.slots,
+            brake,
             shared.decoding,
             self._nursery,
             request_bytes_max=self._limits.request_bytes_max,

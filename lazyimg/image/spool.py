@@ -10,12 +10,14 @@ import errno
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from functools import partial
 
 import trio
 
 from lazyimg.core.diskstate import FAULTS
 from lazyimg.core.identity import ImageRecord
 from lazyimg.errors import GlanceUnavailable, LazyImgError, RangesNotSupported, WholeBody
+from lazyimg.image.brake import Brake
 from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.flights import Flights
 from lazyimg.image.ladder import Ladder
@@ -87,6 +89,7 @@ class Spool:
         space: Space,
         disk: DiskHealth,
         shared_slots: FlightSlots,
+        brake: Brake,
         limiter: trio.CapacityLimiter,
         nursery: trio.Nursery,
     ) -> None:
@@ -99,13 +102,14 @@ class Spool:
         self._disk = disk
         self._shared_slots = shared_slots
         self.slots = SpoolSlots(shared_slots)
+        self._brake = brake
         self._limiter = limiter
         self._nursery = nursery
         self._ladder = Ladder(record.id, glance)
         self._filling = Flights(nursery)
         self._file: SpoolFile | None = None
         # The file's bytes that may be read; of any file so far, since to come as far again is no progress.
-        self._filled_bytes = self._filled_bytes_max = 0
+        self._filled_bytes = self.filled_bytes_max = 0
         self._waiting_count = 0
         self._needed_until_s = 0.0
         # Set and replaced whenever more has come, or the stream has ended.
@@ -195,7 +199,7 @@ class Spool:
 
     async def _more(self) -> bool:
         """Wait until the file may have more; True if it never had so much.  Raises what ended the stream."""
-        filled_bytes_max = self._filled_bytes_max
+        filled_bytes_max = self.filled_bytes_max
         self._waiting_count += 1
         try:
             if not self._filling:
@@ -207,17 +211,15 @@ class Spool:
             self._needed_until_s = trio.current_time() + LINGER_S
         if self._failure is not None:
             raise type(self._failure)(str(self._failure)) from self._failure
-        return self._filled_bytes_max > filled_bytes_max
+        return self.filled_bytes_max > filled_bytes_max
 
     async def _fill(self) -> None:
         """Stream the source into the file, from where that has come, for as long as anybody needs it."""
         failure: LazyImgError | None = None
         try:
             await self._take_slot()
-            try:
+            with self._brake.stream(partial(self._shared_slots.give_back, urgent=True)):
                 await self._stream()
-            finally:
-                self._shared_slots.give_back(urgent=True)
         except LazyImgError as exc:
             failure = exc
         except OSError as exc:
@@ -244,7 +246,8 @@ class Spool:
                 if at + len(data) > self._filled_bytes:
                     await self._keep(file, at, data)
                 at += len(data)
-                if not self._waiting_count and trio.current_time() > self._needed_until_s:
+                is_needed = self._waiting_count or trio.current_time() <= self._needed_until_s
+                if not is_needed or not await self._brake.pay(len(data)):
                     return
 
     async def _keep(self, file: SpoolFile, at: int, data: bytes) -> None:
@@ -257,7 +260,7 @@ class Spool:
             await self._check_hash(file)
         if file is self._file:
             self._filled_bytes = file.size_bytes
-            self._filled_bytes_max = max(self._filled_bytes_max, file.size_bytes)
+            self.filled_bytes_max = max(self.filled_bytes_max, file.size_bytes)
         self._tell()
 
     async def _check_hash(self, file: SpoolFile) -> None:
