@@ -148,6 +148,9 @@ class Holder:
                     self._start()
                 else:
                     self._watch_daemon(self._daemon)
+                    # Some were opened while there was no holder to pass them on; systemd knows which it has already.
+                    for name, fd in self._kept.all().items():
+                        notify(f"FDSTORE=1\nFDNAME={name}", [fd])
                     notify(f"MAINPID={os.getpid()}\nREADY=1")
                 while self._exit_code is None:
                     self._run_once()

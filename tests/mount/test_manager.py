@@ -55,7 +55,7 @@ class Manager:
         self._address = str(mount.folder / "notify")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._listener.bind(self._address)
-        # In the order in which they came; systemd keeps several of one name.
+        # In the order in which they came; systemd keeps several of one name, but not the same file under it twice.
         self.store: list[tuple[str, int]] = []
         self.ready_count = 0
         self._thread = threading.Thread(target=self._listen)
@@ -74,6 +74,10 @@ class Manager:
     def names(self) -> set[str]:
         return {name.partition("-")[0] for name, _ in self.store}
 
+    def lose_last(self) -> None:
+        """Forget what was stored last."""
+        close_all([self.store.pop()[1]])
+
     def end(self) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(b"END=1", self._address)
@@ -86,13 +90,20 @@ class Manager:
             variables, fds = message
             name = variables.get("FDNAME", "stored")
             if "FDSTORE" in variables:
-                self.store += [(name, fd) for fd in fds]
+                for fd in fds:
+                    self._keep(name, fd)
                 continue
             close_all(fds)
             if "FDSTOREREMOVE" in variables:
                 close_all([fd for known, fd in self.store if known == name])
                 self.store = [one for one in self.store if one[0] != name]
             self.ready_count += variables.get("READY") == "1"
+
+    def _keep(self, name: str, fd: int) -> None:
+        if any(known == name and os.path.sameopenfile(fd, kept) for known, kept in self.store):
+            os.close(fd)
+        else:
+            self.store.append((name, fd))
 
 
 @contextlib.contextmanager
@@ -156,6 +167,21 @@ def test_next_holder_of_systemd_takes_over(managed: tuple[Manager, Mount]) -> No
     assert not is_running(old_daemon)
     assert mount.stop() == 0
     assert not is_mounted(mount.path)
+
+
+def test_file_opened_without_a_holder_is_kept(managed: tuple[Manager, Mount]) -> None:
+    """[I9] What no holder was there to pass on is with systemd as soon as the next one is there, and once."""
+    manager, mount = managed
+    with (mount.path / "a").open("w"), (mount.path / "b").open("w"):
+        wait_until(lambda: len(manager.store) == 6, "what was opened")
+        # As if nobody had been there for the second.
+        manager.lose_last()
+        old_holder = mount.holder_pid
+        mount.kill_holder()
+        wait_until(lambda: mount.status()["holder_pid"] != old_holder, "the next holder")
+        wait_until(lambda: len(manager.store) == 6, "what was lost")
+        assert len({name for name, _ in manager.store}) == 6
+    wait_until(lambda: len(manager.store) == 4, "the end of what was stored for the closed files")
 
 
 def test_descriptors_of_a_mount_that_ended_are_given_up(managed: tuple[Manager, Mount]) -> None:
