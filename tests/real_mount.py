@@ -185,6 +185,11 @@ class Mount:
 
         return wait_until(other_pid, "another daemon")
 
+    def restart(self) -> None:
+        """`lazyimg restart`, which must do it."""
+        result = lazyimg("restart", "--control", self.control)
+        assert result.returncode == 0, result.stderr + self.log()
+
     def kill_everything(self) -> None:
         """SIGKILL holder and daemon at once."""
         assert self._process is not None
@@ -276,6 +281,16 @@ def read_direct(path: Path, start: int, size_bytes: int) -> bytes:
         os.close(descriptor)
     with buffer:
         return buffer[:read]
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """Give a descriptor of a file for the block."""
+    fd = os.open(path, flags, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 class Mounts:
