@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import trio
-from image_fakes import ImageRig
+from image_fakes import ImageRig, wait_until
 from store_images import content
 from trio.testing import wait_all_tasks_blocked
 
@@ -213,8 +213,10 @@ async def test_unreadable_chunk_is_given_up_once_glance_has_it(
     rig.glance.always.error = GlanceUnavailable("down")
     with monkeypatch.context() as patch:
         patch.setattr("lazyimg.store.chunkfile.pread_all", fail)
-        with trio.move_on_after(0.1):
-            await image.read(0, CHUNK)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(image.read, 0, CHUNK)
+            await wait_until(lambda: rig.glance.ranges)
+            nursery.cancel_scope.cancel()
     assert image.is_whole
     assert await image.read(0, CHUNK) == WHOLE[:CHUNK]
     rig.glance.always.error = None

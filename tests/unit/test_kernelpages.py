@@ -54,17 +54,17 @@ async def test_forgetting_never_blocks_the_loop(kernel: Kernel, nursery: trio.Nu
     kernel.go.set()
 
 
-async def test_what_is_found_meanwhile_is_forgotten_again(kernel: Kernel, nursery: trio.Nursery) -> None:
+async def test_what_is_found_meanwhile_is_forgotten_again(kernel: Kernel) -> None:
     """Pages that came after a forgetting began are forgotten by the next, however often it is asked for."""
-    pages = KernelPages(nursery)
-    pages.forget_nowait(7)
-    await settle(lambda: kernel.asked == [7])
-    for _ in range(5):
+    async with trio.open_nursery() as nursery:
+        pages = KernelPages(nursery)
         pages.forget_nowait(7)
-    await settle(lambda: kernel.asked == [7, 7])
-    await wait_all_tasks_blocked(0.01)
+        await settle(lambda: kernel.asked == [7])
+        for _ in range(5):
+            pages.forget_nowait(7)
+        await settle(lambda: kernel.asked == [7, 7])
+        kernel.go.set()
     assert kernel.asked == [7, 7]
-    kernel.go.set()
 
 
 async def test_each_time_shows_another_mtime(kernel: Kernel, nursery: trio.Nursery) -> None:
@@ -82,13 +82,13 @@ async def test_each_time_shows_another_mtime(kernel: Kernel, nursery: trio.Nurse
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOENT, "unknown"), RuntimeError("no session")])
 async def test_no_failure_ends_the_daemon(
-    kernel: Kernel, nursery: trio.Nursery, error: Exception, expected_warnings: Callable[..., None]
+    kernel: Kernel, error: Exception, expected_warnings: Callable[..., None]
 ) -> None:
     """[I6] An inode that the kernel does not know has no pages; anything else is told in the log."""
     if isinstance(error, RuntimeError):
         expected_warnings("inode 7: the kernel was not told to forget it")
     kernel.error = error
     kernel.go.set()
-    KernelPages(nursery).forget_nowait(7)
-    await settle(lambda: kernel.asked == [7])
-    await wait_all_tasks_blocked(0.01)
+    async with trio.open_nursery() as nursery:
+        KernelPages(nursery).forget_nowait(7)
+    assert kernel.asked == [7]
