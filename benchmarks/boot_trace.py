@@ -84,12 +84,15 @@ def synthetic_trace() -> Trace:
     return Trace("synthetic", size_bytes, tuple(reads), extents)
 
 
-def make_image(trace: Trace, path: Path) -> None:
-    """Write a sparse image with pseudo-random bytes, always the same, in the trace's allocated extents."""
+def make_image(trace: Trace, path: Path, translation: bytes | None = None) -> None:
+    """Write a sparse image with pseudo-random bytes, always the same, in the trace's allocated extents.
+
+    translation: 256 bytes, what is written for each of them.
+    """
     chance = random.Random(trace.image_size_bytes)
     with path.open("wb") as image:
         image.truncate(trace.image_size_bytes)
         for start, length in trace.extents:
             image.seek(start)
             for done in range(0, length, FILL_BYTES):
-                image.write(chance.randbytes(min(FILL_BYTES, length - done)))
+                image.write(chance.randbytes(min(FILL_BYTES, length - done)).translate(translation))

@@ -19,9 +19,8 @@ import glance_nginx
 import guest_boot
 import machine
 from contenders import Contender, Opened
-from glance_nginx import NginxGlance, ServedImage
+from glance_nginx import NginxGlance, ServedImage, served_image
 
-from lazyimg.core.identity import ImageRecord
 from lazyimg.demo.guest import Guest, build_guest, default_cache_dir
 
 HERE = Path(__file__).parent
@@ -105,22 +104,12 @@ def measure(options: argparse.Namespace, peers: list[Contender], guest: Guest | 
 
 
 def make_served_image(boot: boot_trace.Trace, work_dir: Path) -> ServedImage:
-    """Write the image and return its record; no hash, as for images whose bytes Glance never saw."""
+    """Write the image and return its record."""
     path = work_dir / "image.raw"
     boot_trace.make_image(boot, path)
     # Read once: the server's disk is not what is measured.
     machine.run("cp", path, "/dev/null")
-    record = ImageRecord(
-        id=IMAGE_ID,
-        name=boot.name,
-        status="active",
-        size_bytes=boot.image_size_bytes,
-        disk_format="raw",
-        container_format="bare",
-        checksum="0" * 32,
-        created_at="2025-01-01T00:00:00Z",
-    )
-    return ServedImage(record, path)
+    return served_image(path, IMAGE_ID, boot.name)
 
 
 def run_once(

@@ -19,9 +19,7 @@ from pathlib import Path
 import glance_nginx
 import lazyimg_process
 import machine
-from glance_nginx import ServedImage
-
-from lazyimg.core.identity import ImageRecord
+from glance_nginx import ServedImage, served_image
 
 HERE = Path(__file__).parent
 READ_AHEAD_KIB = 1024
@@ -169,17 +167,7 @@ def make_image(path: Path, size_mib: int) -> ServedImage:
     with path.open("wb") as file:
         for _ in range(size_mib):
             file.write(chance.randbytes(1 << 20))
-    record = ImageRecord(
-        id=IMAGE_ID,
-        name="present",
-        status="active",
-        size_bytes=size_mib << 20,
-        disk_format="raw",
-        container_format="bare",
-        checksum="0" * 32,
-        created_at="2025-01-01T00:00:00Z",
-    )
-    return ServedImage(record, path)
+    return served_image(path, IMAGE_ID, "present")
 
 
 @contextmanager

@@ -11,9 +11,8 @@ from pathlib import Path
 import glance_nginx
 import lazyimg_process
 import machine
-from glance_nginx import NginxGlance, ServedImage
+from glance_nginx import NginxGlance, ServedImage, served_image
 
-from lazyimg.core.identity import ImageRecord
 from lazyimg.demo.boot import Accelerator, boot_guest, choose_accelerator
 from lazyimg.demo.guest import Guest
 
@@ -28,17 +27,7 @@ def measure(guest: Guest, work_dir: Path, rounds: int) -> None:
         f"\nguest {guest.version} under {accelerator}: disk of {guest.disk_size_bytes / 1e6:.0f} MB", end=""
     )
     print(f", {allocated_mb:.0f} MB allocated")
-    record = ImageRecord(
-        id=IMAGE_ID,
-        name="guest disk",
-        status="active",
-        size_bytes=guest.disk_size_bytes,
-        disk_format="raw",
-        container_format="bare",
-        checksum="0" * 32,
-        created_at="2026-01-01T00:00:00Z",
-    )
-    image = ServedImage(record, guest.disk)
+    image = served_image(guest.disk, IMAGE_ID, "guest disk")
     machine.run("cp", guest.disk, "/dev/null")
     local_s: list[float] = []
     lazyimg_s: list[float] = []

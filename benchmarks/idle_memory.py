@@ -17,11 +17,10 @@ import glance_nginx
 import lazyimg_process
 import machine
 import xxhash
-from glance_nginx import ServedImage
+from glance_nginx import ServedImage, served_image
 from lazyimg_process import Mounted
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES, chunk_count
-from lazyimg.core.identity import ImageRecord
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
 from lazyimg.store.index import PAGE_CHUNKS
@@ -74,19 +73,7 @@ def make_images(count: int, size_bytes: int, work_dir: Path) -> list[ServedImage
         file.truncate(size_bytes)
     chance = random.Random(count)
     return [
-        ServedImage(
-            ImageRecord(
-                id=str(uuid.UUID(int=chance.getrandbits(128), version=4)),
-                name=f"image {number}",
-                status="active",
-                size_bytes=size_bytes,
-                disk_format="raw",
-                container_format="bare",
-                checksum="0" * 32,
-                created_at="2026-01-01T00:00:00Z",
-            ),
-            path,
-        )
+        served_image(path, str(uuid.UUID(int=chance.getrandbits(128), version=4)), f"image {number}")
         for number in range(count)
     ]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +20,13 @@ import glance_nginx
 import lazyimg_process
 import machine
 from contenders import Opened
-from glance_nginx import NginxGlance, ServedImage
-
-from lazyimg.core.identity import ImageRecord
+from glance_nginx import NginxGlance, ServedImage, served_image
 
 COLD_RATIO_MAX = 1.15
 # The same code reads what is present; what is above 1 is the measurement's spread.
 PRESENT_RATIO_MAX = 1.1
 # What qemu-img is told, by the name of the image.
 CONVERSIONS = {"qcow2": (), "qcow2, compressed": ("-c",)}
-FILL_BYTES = 1 << 20
 # Bytes of four random bits: about half is saved, as with the programs and libraries that a boot reads.
 COMPRESSIBLE = bytes(byte & 15 for byte in range(256))
 
@@ -79,13 +75,7 @@ def measure(options: argparse.Namespace, work_dir: Path) -> int:
 def make_images(boot: boot_trace.Trace, work_dir: Path) -> dict[str, ServedImage]:
     """Write the disk and its conversions; return their records by name, the raw one first."""
     raw = work_dir / "disk.raw"
-    chance = random.Random(boot.image_size_bytes)
-    with raw.open("wb") as file:
-        file.truncate(boot.image_size_bytes)
-        for start, length in boot.extents:
-            file.seek(start)
-            for done in range(0, length, FILL_BYTES):
-                file.write(chance.randbytes(min(FILL_BYTES, length - done)).translate(COMPRESSIBLE))
+    boot_trace.make_image(boot, raw, COMPRESSIBLE)
     paths = {"raw": raw}
     for name, options in CONVERSIONS.items():
         paths[name] = work_dir / f"{len(paths)}.qcow2"
@@ -97,17 +87,8 @@ def make_images(boot: boot_trace.Trace, work_dir: Path) -> dict[str, ServedImage
 def _served(number: int, path: Path) -> ServedImage:
     # Read once: the server's disk is not what is measured.
     machine.run("cp", path, "/dev/null")
-    record = ImageRecord(
-        id=f"0e5c0ffe-1a5e-4b1d-9c0d-b007b007b0{number:02}",
-        name=path.name,
-        status="active",
-        size_bytes=path.stat().st_size,
-        disk_format=path.suffix.removeprefix("."),
-        container_format="bare",
-        checksum=f"{number:032}",
-        created_at="2025-01-01T00:00:00Z",
-    )
-    return ServedImage(record, path)
+    image_id = f"0e5c0ffe-1a5e-4b1d-9c0d-b007b007b0{number:02}"
+    return served_image(path, image_id, path.name, path.suffix.removeprefix("."))
 
 
 def run_once(result: Result, server: NginxGlance, image: ServedImage, reads: Path, expected: object) -> None:

@@ -22,10 +22,8 @@ from pathlib import Path
 import glance_nginx
 import lazyimg_process
 import machine
-from glance_nginx import ServedImage
+from glance_nginx import ServedImage, served_image
 from lazyimg_process import Mounted
-
-from lazyimg.core.identity import ImageRecord
 
 TARGET_S = 1.0
 IMAGE_BYTES = 64 << 20
@@ -106,17 +104,7 @@ def make_image(work_dir: Path) -> ServedImage:
     """Return an image of random bytes."""
     path = work_dir / "image.raw"
     path.write_bytes(random.Random(0).randbytes(IMAGE_BYTES))
-    record = ImageRecord(
-        id=str(uuid.UUID(int=1, version=4)),
-        name="image",
-        status="active",
-        size_bytes=IMAGE_BYTES,
-        disk_format="raw",
-        container_format="bare",
-        checksum="0" * 32,
-        created_at="2026-01-01T00:00:00Z",
-    )
-    return ServedImage(record, path)
+    return served_image(path, str(uuid.UUID(int=1, version=4)), "image")
 
 
 def longest_read_s(mounted: Mounted, reader: Reader, end: Callable[[Mounted, int], None]) -> float:
