@@ -4,7 +4,7 @@
                 after the other; `lazyimg restart`, undisturbed or with a kill -9; chunks damaged on disk, then kill -9
     Glance      ended and started, frozen, slow, lying, closing, refusing, rate-limiting, stalled
     cache       an image evicted
-    disk        under the cache: EIO, ENOSPC, EROFS, slow
+    disk        under the cache: EIO, ENOSPC, EROFS, slow, hanging
 
 Between two strikes of a kind all is well for a while, so that whoever waits gets what he waits for.
 """
@@ -44,8 +44,11 @@ from faulty_disk import CHANGES, SYNCS, FaultyDisk
 # What the command line of each has; this process sees its own namespace's alone.
 ROLES = {"daemon": (b"lazyimg.daemon.service",), "holder": (b"lazyimg.daemon.holder", b"mount")}
 STRIKES = ("processes", "Glance", "disk", "cache")
-# The longest that Glance is away, and that the daemon may be until the next one answers.
+# The longest that something fails, but for Glance: away as long as this once in so many times.
 OUTAGE_S_MAX = 6.0
+LONG_OUTAGE_S = 30.0
+LONG_OUTAGE_CHANCE = 0.25
+# The longest that the daemon may be away until the next one answers.
 REPLACED_S_MAX = 30.0
 DAMAGED_PLACES = 20
 
@@ -76,6 +79,9 @@ DISK_FAULTS: dict[str, dict[str, Any]] = {
     "full": {"ops": ["write", "create", "mkdir"], "error": errno.ENOSPC},
     "read-only": {"ops": [*CHANGES, *SYNCS], "error": errno.EROFS},
     "slow": {"ops": ["read", "write", *SYNCS], "delay_s": 0.3},
+    "hanging": {"ops": [], "hang": True},
+    "hanging in chunks' reads": {"ops": ["read"], "path": "chunks/*", "hang": True},
+    "hanging in syncs": {"ops": SYNCS, "hang": True},
 }
 
 
@@ -109,7 +115,13 @@ class Torture:
         for kind in kinds:
             match kind:
                 case "processes":
-                    kills = {self._kill: 4, self._kill_burst: 1, self._kill_holder: 2, self._damage: 2}
+                    kills = {
+                        self._kill: 4,
+                        self._kill_burst: 1,
+                        self._kill_holder: 2,
+                        self._damage: 2,
+                        self._damage_index: 1,
+                    }
                     self._begin(kind, (1, 8), kills | {self._restart: 2, self._restart_and_kill: 1})
                 case "Glance":
                     glance = {self._fail_glance: 8, self._end_glance: 1, self._freeze_glance: 1}
@@ -180,6 +192,22 @@ class Torture:
             _send("daemon", signal.SIGKILL)
         self._wait_replaced()
 
+    def _damage_index(self, chance: random.Random) -> None:
+        """The same with the index: cut short, or garbage where it begins."""
+        _send("daemon", signal.SIGSTOP)
+        try:
+            path = self._disk.lower / "index" / "cache.db"
+            if path.exists():
+                self._count("index damaged")
+                if chance.random() < 0.5:
+                    os.truncate(path, chance.randrange(path.stat().st_size))
+                else:
+                    with path.open("r+b") as file:
+                        file.write(chance.randbytes(8192))
+        finally:
+            _send("daemon", signal.SIGKILL)
+        self._wait_replaced()
+
     def _kill_holder(self, chance: random.Random) -> None:
         """Kill the holder, and maybe the daemon before or after it has started another."""
         self._count("holder killed")
@@ -232,7 +260,7 @@ class Torture:
     def _end_glance(self, chance: random.Random) -> None:
         self._count("Glance ended")
         self._glance.stop()
-        self._ending.wait(_outage_s(chance))
+        self._ending.wait(LONG_OUTAGE_S if chance.random() < LONG_OUTAGE_CHANCE else _outage_s(chance))
         self._glance.start()
         self._note("Glance is well again")
 
