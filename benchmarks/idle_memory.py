@@ -20,13 +20,15 @@ import xxhash
 from glance_nginx import ServedImage, served_image
 from lazyimg_process import Mounted
 
+from lazyimg.config import Config
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES, chunk_count
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.entry import ImageEntry
 from lazyimg.store.index import PAGE_CHUNKS
 
 TARGET_MB = 120
-VIEW = "stored"
+# That of a daemon that is told nothing.
+VIEW = Config().view
 READS_PER_IMAGE = 64
 
 
