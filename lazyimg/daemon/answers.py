@@ -13,7 +13,6 @@ import trio
 
 from lazyimg import __version__
 from lazyimg.control.messages import ImageFacts, Progress
-from lazyimg.core.chunks import CHUNK_SIZE_BYTES
 from lazyimg.core.identity import ImageRecord
 from lazyimg.core.kernel import can_resend
 from lazyimg.daemon import process
@@ -228,7 +227,7 @@ class Answers:
 
 def _image_status(entry: ImageEntry, image: LazyImage | None, handles: int) -> dict[str, object]:
     record = entry.record
-    present_bytes = min(entry.present_count * CHUNK_SIZE_BYTES, entry.size_bytes)
+    present_bytes = entry.present_bytes
     fields: dict[str, object] = {
         "id": record.id,
         "name": record.name,

@@ -1,8 +1,7 @@
 """FUSE requests in, images' and the upper folder's answers out.
 
-pyfuse3 ends the mount, for every guest, when a handler raises anything but FUSEError (I6): each handler here is
-wrapped so that it cannot.  Every handle is its inode number and every inode number a function of durable state,
-so that the next daemon understands the kernel's memory of this one.
+Each handler is wrapped so that it raises nothing that would end the mount (I6).  Every handle is its inode number and
+every inode number a function of durable state, so that the next daemon understands the kernel's memory of this one.
 """
 
 from __future__ import annotations
@@ -14,58 +13,28 @@ import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import pyfuse3
 import trio
 
 from lazyimg.daemon.attributes import statistics_data, upper_attributes
-from lazyimg.daemon.errnos import ERRNO
 from lazyimg.daemon.handles import Handles
 from lazyimg.daemon.inflight import InFlight
 from lazyimg.daemon.kernelpages import is_known
 from lazyimg.daemon.lazyfiles import LazyFiles
 from lazyimg.daemon.lostopens import LostOpens
+from lazyimg.daemon.neverraises import never_raises
 from lazyimg.daemon.upper import INODE_BIT, ROOT_INODE, Caller, Change, Upper
 from lazyimg.daemon.uppertrouble import UpperTrouble
-from lazyimg.errors import LazyImgError
+from lazyimg.store.entry import ImageEntry
 
 logger = logging.getLogger(__name__)
-P = ParamSpec("P")
 T = TypeVar("T")
 
 # Names of a listing looked up in one go; the kernel's buffer of 4 KiB holds about this many.
 LISTED_TOGETHER = 24
-
-
-def _never_raises(
-    handler: Callable[Concatenate[Filesystem, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[Filesystem, P], Coroutine[Any, Any, T]]:
-    """Let nothing but FUSEError out of a handler."""
-
-    @functools.wraps(handler)
-    async def wrapped(self: Filesystem, *args: P.args, **kwargs: P.kwargs) -> T:
-        self.in_flight.count += 1
-        try:
-            return await handler(self, *args, **kwargs)
-        except pyfuse3.FUSEError:
-            raise
-        except LazyImgError as exc:
-            number = ERRNO.get(type(exc), errno.EIO)
-            level = logging.INFO if number == errno.EAGAIN else logging.WARNING
-            logger.log(level, "%s: %s", handler.__name__, exc)
-            raise pyfuse3.FUSEError(number) from None
-        except OSError as exc:
-            raise pyfuse3.FUSEError(exc.errno or errno.EIO) from None
-        except Exception:
-            self.in_flight.unforeseen_errors += 1
-            logger.exception("%s failed in an unforeseen way; answered EIO", handler.__name__)
-            raise pyfuse3.FUSEError(errno.EIO) from None
-        finally:
-            self.in_flight.count -= 1
-
-    return wrapped  # type: ignore[return-value]  # mypy's _Wrapped is not the callable it stands for
 
 
 class Filesystem(pyfuse3.Operations):
@@ -115,7 +84,7 @@ class Filesystem(pyfuse3.Operations):
                 return data
         return await self._read_slow(fh, off, size)
 
-    @_never_raises
+    @never_raises
     async def _read_slow(self, inode: int, start: int, size_bytes: int) -> bytes:
         read = self.in_flight.begin_read(inode, start, size_bytes)
         try:
@@ -128,7 +97,7 @@ class Filesystem(pyfuse3.Operations):
 
     # ── looking ──
 
-    @_never_raises
+    @never_raises
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
@@ -140,7 +109,7 @@ class Filesystem(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.ENOENT)
         return attributes
 
-    @_never_raises
+    @never_raises
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for inode, _ in inode_list:
             if self.lost_opens.may_have(inode):
@@ -149,23 +118,23 @@ class Filesystem(pyfuse3.Operations):
         if forgotten:
             await self._in_upper(self._upper.forget, forgotten)
 
-    @_never_raises
+    @never_raises
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext | None = None) -> pyfuse3.EntryAttributes:
         if _is_upper(inode):
             return upper_attributes(await self._in_upper(self._upper.attributes, inode))
         return await self._lazy.attributes(inode)
 
-    @_never_raises
+    @never_raises
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
         if inode & INODE_BIT:
             return await self._in_upper(self._upper.target, inode)
         return self._lazy.target(inode)
 
-    @_never_raises
+    @never_raises
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         return inode
 
-    @_never_raises
+    @never_raises
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         names = await self._in_upper(self._upper.names, fh)
         lazy = self._lazy.listed() if fh == ROOT_INODE else {}
@@ -178,7 +147,11 @@ class Filesystem(pyfuse3.Operations):
                 break
 
     async def _list_block(
-        self, folder: int, block: list[tuple[int, bytes]], lazy: dict[bytes, str], token: pyfuse3.ReaddirToken
+        self,
+        folder: int,
+        block: list[tuple[int, bytes]],
+        lazy: dict[bytes, ImageEntry],
+        token: pyfuse3.ReaddirToken,
     ) -> bool:
         """Add names with their attributes to a listing; False when it is full.  What is gone meanwhile is left out."""
         found = await self._in_upper(self._upper.lookup_all, folder, [name for _, name in block])
@@ -189,7 +162,7 @@ class Filesystem(pyfuse3.Operations):
             if not is_full and real is not None:
                 is_full = not pyfuse3.readdir_reply(token, name, upper_attributes(real), cookie)
             elif not is_full and name in lazy:
-                attributes = await self._lazy.attributes_of_key(lazy[name])
+                attributes = self._lazy.listed_attributes(lazy[name])
                 is_full = not pyfuse3.readdir_reply(token, name, attributes, cookie)
             if is_full and real is not None:
                 not_given.append((real.inode, 1))
@@ -197,13 +170,13 @@ class Filesystem(pyfuse3.Operations):
             await self._in_upper(self._upper.forget, not_given)
         return not is_full
 
-    @_never_raises
+    @never_raises
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         return statistics_data(await self._in_upper(self._upper.statistics))
 
     # ── open files ──
 
-    @_never_raises
+    @never_raises
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if inode & INODE_BIT:
             is_direct = await self._in_upper(
@@ -213,22 +186,22 @@ class Filesystem(pyfuse3.Operations):
         await self._lazy.open(inode, flags)
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
-    @_never_raises
+    @never_raises
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         # Only files of the upper folder can be opened for writing.
         return await self._in_upper(self._upper.files.write, fh, off, buf)
 
-    @_never_raises
+    @never_raises
     async def flush(self, fh: int) -> None:
         if fh & INODE_BIT and self._upper.files.is_written(fh):
             await self._in_upper(self._upper.files.flush, fh)
 
-    @_never_raises
+    @never_raises
     async def fsync(self, fh: int, datasync: bool) -> None:
         if fh & INODE_BIT:
             await self._in_upper(functools.partial(self._upper.files.sync, fh, data_only=datasync))
 
-    @_never_raises
+    @never_raises
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         await self._in_upper(functools.partial(self._upper.sync_folder, fh, data_only=datasync))
 
@@ -245,7 +218,7 @@ class Filesystem(pyfuse3.Operations):
         finally:
             self.lost_opens.release_ended(inode)
 
-    @_never_raises
+    @never_raises
     async def _closed(self, inode: int, count: int) -> None:
         if inode & INODE_BIT:
             await self._in_upper(self._upper.files.release, inode, count)
@@ -254,7 +227,7 @@ class Filesystem(pyfuse3.Operations):
 
     # ── making names ──
 
-    @_never_raises
+    @never_raises
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
@@ -266,7 +239,7 @@ class Filesystem(pyfuse3.Operations):
         opened = pyfuse3.FileInfo(fh=found.inode, keep_cache=False, direct_io=is_direct)
         return opened, upper_attributes(found)
 
-    @_never_raises
+    @never_raises
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
@@ -275,7 +248,7 @@ class Filesystem(pyfuse3.Operations):
             await self._in_upper(self._upper.make_node, parent_inode, name, mode, _caller(ctx))
         )
 
-    @_never_raises
+    @never_raises
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
@@ -284,7 +257,7 @@ class Filesystem(pyfuse3.Operations):
             await self._in_upper(self._upper.make_folder, parent_inode, name, mode, _caller(ctx))
         )
 
-    @_never_raises
+    @never_raises
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
@@ -293,7 +266,7 @@ class Filesystem(pyfuse3.Operations):
             await self._in_upper(self._upper.make_symlink, parent_inode, name, target, _caller(ctx))
         )
 
-    @_never_raises
+    @never_raises
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
@@ -306,7 +279,7 @@ class Filesystem(pyfuse3.Operations):
 
     # ── changing ──
 
-    @_never_raises
+    @never_raises
     async def setattr(
         self,
         inode: int,
@@ -327,7 +300,7 @@ class Filesystem(pyfuse3.Operations):
             return upper_attributes(await self._in_upper(self._upper.change, inode, change))
         return await self._lazy.change(inode, change)
 
-    @_never_raises
+    @never_raises
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         try:
             await self._in_upper(self._upper.remove, parent_inode, name)
@@ -336,11 +309,11 @@ class Filesystem(pyfuse3.Operations):
                 raise
             await self._lazy.hide(name)
 
-    @_never_raises
+    @never_raises
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         await self._in_upper(self._upper.remove_folder, parent_inode, name)
 
-    @_never_raises
+    @never_raises
     async def rename(
         self,
         parent_inode_old: int,

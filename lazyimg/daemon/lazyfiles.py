@@ -21,6 +21,7 @@ from lazyimg.daemon.upper import Change
 from lazyimg.errors import ConfigError
 from lazyimg.image.catalog import Catalog
 from lazyimg.image.lazyimage import LazyImage
+from lazyimg.store.entry import ImageEntry
 
 
 class LazyFiles:
@@ -68,13 +69,16 @@ class LazyFiles:
         """True if a lookup of this name would be answered at once with an image or a link to one."""
         return self._catalog.is_published(os.fsdecode(name))
 
-    def listed(self) -> dict[bytes, str]:
-        """Return the names that a listing shows, with their keys."""
-        return {os.fsencode(name): key for name, key in self._catalog.names_in_use().items()}
+    def listed(self) -> dict[bytes, ImageEntry]:
+        """Return the names that a listing shows, with what `listed_attributes` needs."""
+        return {os.fsencode(name): entry for name, entry in self._catalog.names_in_use().items()}
 
-    async def attributes_of_key(self, key: str) -> pyfuse3.EntryAttributes:
-        """Return the attributes of a listed image."""
-        return self._shown(await self._catalog.image_of(key))
+    def listed_attributes(self, entry: ImageEntry) -> pyfuse3.EntryAttributes:
+        """Return the attributes of a listed image, which may be dropped by now; the cache disk is not asked."""
+        inode = entry.record.inode(entry.view)
+        image = self.images.get(inode)
+        present_bytes = entry.present_bytes if image is None else image.present_bytes
+        return self._attributes(inode, entry.size_bytes, present_bytes, entry)
 
     async def hide(self, name: bytes) -> None:
         """Take a name away until it is looked up again.  ENOENT if it is no image's, EPERM if it is a link."""
@@ -154,14 +158,19 @@ class LazyFiles:
     def _shown(self, image: LazyImage) -> pyfuse3.EntryAttributes:
         self.images[image.inode] = image
         entry = self._catalog.entry_of(image)
+        return self._attributes(image.inode, image.size_bytes, image.present_bytes, entry)
+
+    def _attributes(
+        self, inode: int, size_bytes: int, present_bytes: int, entry: ImageEntry | None
+    ) -> pyfuse3.EntryAttributes:
         mtime_ns = 0 if entry is None else entry.mtime_ns or int(entry.last_used_s * 1e9)
         return lazy_attributes(
-            image.inode,
+            inode,
             self._permissions,
             self._owner(),
-            image.size_bytes,
-            image.present_bytes,
-            mtime_ns + self._mtime_shift_ns(image.inode),
+            size_bytes,
+            present_bytes,
+            mtime_ns + self._mtime_shift_ns(inode),
         )
 
 

@@ -217,9 +217,9 @@ class Catalog:
         """Return the images that are not shown, with the reason."""
         return self._refusals.all()
 
-    def names_in_use(self) -> dict[str, str]:
-        """Return the base names that a listing shows, those used here, with their keys."""
-        return {entry.record.base_name: entry.key for entry in self._entries() if entry.in_use}
+    def names_in_use(self) -> dict[str, ImageEntry]:
+        """Return the base names that a listing shows, those used here, with what the index has of each."""
+        return {entry.record.base_name: entry for entry in self._entries() if entry.in_use}
 
     def is_published(self, name: str) -> bool:
         """True if this base name or image id can be answered without asking Glance."""

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lazyimg.core.chunks import chunk_count
+from lazyimg.core.chunks import CHUNK_SIZE_BYTES, chunk_count
 from lazyimg.core.identity import ImageRecord
 
 ENTRY_VERSION = 1
@@ -43,6 +43,10 @@ class ImageEntry:
     def key(self) -> str:
         """The cache key: a function of identity and view."""
         return self.record.key(self.view)
+
+    @property
+    def present_bytes(self) -> int:
+        return min(self.present_count * CHUNK_SIZE_BYTES, self.size_bytes)
 
     def to_json(self) -> str:
         """Return a JSON object: `version`, ENTRY_VERSION; `record`, ImageRecord.to_json; each other field.

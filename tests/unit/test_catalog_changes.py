@@ -128,7 +128,7 @@ async def test_listing_shows_what_was_used_here(rig: ImageRig, catalog: Catalog)
     assert entry.mtime_ns > 0
     await catalog.used(image)
     again = rig.catalog()
-    assert again.names_in_use() == {image.record.base_name: image.record.key("stored")}
+    assert again.names_in_use() == {image.record.base_name: entry}
     assert again.entry_of(image) == entry
 
 
