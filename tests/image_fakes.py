@@ -229,8 +229,6 @@ class ImageRig:
         self.fake_space = FakeSpace()
         self.space = space or self.fake_space
         self.slots = FlightSlots(requests_max, background_requests_max)
-        # Slowed down by nothing until a test says otherwise.
-        self.slow_streams = SlowStreams(Pace(0))
         self.budget = ByteBudget(write_buffer_max_bytes)
         self.request_bytes_max = request_bytes_max
         self.read_timeout_s = read_timeout_s
@@ -238,6 +236,8 @@ class ImageRig:
         self.unstored = Unstored()
         # Not watched: what a thread takes is not measured against the test's clock.
         self.disk = DiskHealth(cache.path, cache.probe, timeout_s=10)
+        # Without a rate, until a test says otherwise.
+        self.slow_streams = SlowStreams(Pace(0), self.disk)
         self.read_limiter = trio.CapacityLimiter(4)
         self.write_limiter = trio.CapacityLimiter(4)
         self.hash_limiter = trio.CapacityLimiter(1)

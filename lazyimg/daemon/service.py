@@ -251,7 +251,7 @@ async def _serve(
 def _make_shared(config: Config, disk: DiskHealth, pace: Pace) -> Shared:
     return Shared(
         FlightSlots(config.requests_max, config.background_requests_max),
-        SlowStreams(pace),
+        SlowStreams(pace, disk),
         ByteBudget(config.write_buffer_max),
         Unstored(),
         disk,

@@ -7,8 +7,9 @@ only SLOW_STREAMS_MAX go on without a slot, and for another one of them is ended
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import trio
 
@@ -17,14 +18,28 @@ from lazyimg.core.pace import SLOW_STREAMS_MAX, Pace
 # A stream stays at full speed for so long after the last who waited: a booting guest waits for one part of the image
 # after another, and would wait longer for the next if the stream had not gone on meanwhile.
 EAGER_S = 5.0
+# A stream is held for so long while the cache's disk is not normal; then it ends, and a worker of Glance is free.
+DISK_PAUSE_MAX_S = 30.0
+
+
+class Disk(Protocol):
+    """What it needs of the cache's disk."""
+
+    @property
+    def is_normal(self) -> bool:
+        """False while something is wrong with it."""
+
+    async def wait_normal(self) -> None:
+        """Wait until nothing is."""
 
 
 class SlowStreams:
     """The streams of all images that are slowed down, in the order in which they were."""
 
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, pace: Pace, disk: Disk) -> None:
         """pace: of all that is fetched for nobody; hydration's own."""
         self.pace = pace
+        self.disk = disk
         self._brakes: dict[Brake, None] = {}
 
     def enter(self, brake: Brake) -> bool:
@@ -46,20 +61,20 @@ class Brake:
 
     def __init__(self, slow_streams: SlowStreams) -> None:
         self._slow_streams = slow_streams
-        self._pace = slow_streams.pace
+        self._pace, self._disk = slow_streams.pace, slow_streams.disk
         # How many wait for bytes, at any speed they can have, and until when somebody is as good as waiting.
         self._waiting_count = 0
         self._eager_until_s = float("-inf")
-        # Of the stream: how it gives back its slot, None once it has; whether it pauses, and must end.
+        # Of the stream: how it gives back its slot, None once it has; its pause, None while it has none.
         self._give_back_slot: Callable[[], None] | None = None
-        self._is_pausing = self._must_end = False
-        self._pause_over = trio.Event()
+        self._pause: trio.CancelScope | None = None
+        self._must_end = False
 
     @contextmanager
     def off(self) -> Iterator[None]:
         """Slow nothing down in the block: somebody waits for bytes there, and may do so again soon after."""
         self._waiting_count += 1
-        self._pause_over.set()
+        self._end_pause()
         try:
             yield
         finally:
@@ -78,28 +93,43 @@ class Brake:
             self._leave_slot()
 
     async def pay(self, size_bytes: int) -> bool:
-        """Wait as long as these bytes of the stream are worth, if nobody waits for any; False: it must end now."""
-        now_s = trio.current_time()
-        if not self._pace.bytes_per_s or self._waiting_count or now_s < self._eager_until_s:
+        """Wait as long as these bytes of the stream are worth, if nobody waits for any; False: it must end now.
+
+        While the cache's disk is not normal nothing more is taken for nobody.
+        """
+        is_free = self._disk.is_normal and not self._pace.bytes_per_s
+        if is_free or self._is_wanted():
             return True
         if self._give_back_slot is not None and self._slow_streams.enter(self):
             self._leave_slot()
-        self._pace.spend(size_bytes, now_s)
-        self._is_pausing, self._pause_over = True, trio.Event()
-        try:
+        if not self._disk.is_normal:
+            await self._pause_until(self._disk.wait_normal, DISK_PAUSE_MAX_S)
+            self._must_end |= not (self._disk.is_normal or self._is_wanted())
+        elif self._pace.bytes_per_s:
+            now_s = trio.current_time()
+            self._pace.spend(size_bytes, now_s)
             # Once only: were it asked again, what others have spent meanwhile would keep this one waiting for ever.
-            with trio.move_on_after(self._pace.wait_s(now_s)):
-                await self._pause_over.wait()
-        finally:
-            self._is_pausing = False
+            await self._pause_until(trio.sleep_forever, self._pace.wait_s(now_s))
         return not self._must_end
+
+    def _is_wanted(self) -> bool:
+        return self._waiting_count > 0 or trio.current_time() < self._eager_until_s
+
+    async def _pause_until(self, wait: Callable[[], Awaitable[None]], limit_s: float) -> None:
+        with trio.move_on_after(limit_s) as self._pause:
+            await wait()
+        self._pause = None
+
+    def _end_pause(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
 
     def end_nowait(self) -> bool:
         """End the stream if it pauses: nobody waits for what it brings."""
-        may_end = self._is_pausing and not self._waiting_count
+        may_end = self._pause is not None and not self._waiting_count
         if may_end:
             self._must_end = True
-            self._pause_over.set()
+            self._end_pause()
         return may_end
 
     def _leave_slot(self) -> None:

@@ -20,7 +20,7 @@ from typing import TypeVar
 import trio
 
 from lazyimg.core.diskstate import DiskState, State
-from lazyimg.errors import ChunkUnreadable
+from lazyimg.errors import CacheUnusable, ChunkUnreadable
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -87,6 +87,12 @@ class DiskHealth:
         # Of blocks that end when the disk is used again.
         self._until_back: set[trio.CancelScope] = set()
         self._probing = trio.CapacityLimiter(1)
+        # Set and replaced whenever the state has changed.
+        self._changed = trio.Event()
+
+    @property
+    def is_normal(self) -> bool:
+        return self._state.state == "normal"
 
     @property
     def may_read(self) -> bool:
@@ -133,6 +139,20 @@ class DiskHealth:
         operation = _Operation(function.__name__, self._clock())
         operation.scope.shield = True
         return await self._run(operation, function, args, limiter)
+
+    async def wait_normal(self, *, normal: bool = True) -> None:
+        """Wait until nothing is wrong with the disk; normal: False, until something is."""
+        while self.is_normal is not normal:
+            await self._changed.wait()
+
+    def check_normal(self) -> None:
+        """Raise CacheUnusable if something is wrong with the disk."""
+        if not self.is_normal:
+            state = self._state
+            raise CacheUnusable(
+                f"cache disk {self._path}: its state is {state.state}, {state.last_error}; see dmesg and run it again "
+                "once `lazyimg status` says that it is normal"
+            )
 
     async def still_answers(self) -> bool:
         """Return False if the disk hangs; asked before an end that would wait for it."""
@@ -264,6 +284,8 @@ class DiskHealth:
         state, is_read_only = after = self._state.state, self._state.is_read_only
         if after == before:
             return
+        self._changed.set()
+        self._changed = trio.Event()
         reason = f"cache disk {self._path}: {self._state.last_error}"
         match state:
             case "bypass":

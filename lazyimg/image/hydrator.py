@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -67,8 +68,11 @@ class Disk(Protocol):
     """What the hydrator needs of the cache's disk."""
 
     @property
-    def may_write(self) -> bool:
-        """False while it is bypassed."""
+    def is_normal(self) -> bool:
+        """False while something is wrong with it."""
+
+    async def wait_normal(self, *, normal: bool) -> None:
+        """Wait until it is so, or not."""
 
 
 class Hydrator:
@@ -103,7 +107,7 @@ class Hydrator:
         now_s = trio.current_time()
         inodes = {image.inode for image in held}
         self._set_aside = {inode: one for inode, one in self._set_aside.items() if inode in inodes}
-        is_unkept = self._room.is_full or not self._disk.may_write
+        is_unkept = self._room.is_full or not self._disk.is_normal
         if is_unkept or is_busy(self._images.open_images()):
             return None
         due = [
@@ -123,13 +127,15 @@ class Hydrator:
         return self._set_aside.get(image.inode, _SetAside())
 
     async def _hydrate(self, image: LazyImage) -> None:
-        """Fetch a step's worth of one image, unless it is released meanwhile."""
+        """Fetch a step's worth of one image, unless it is released meanwhile or the cache's disk fails."""
         began_s = trio.current_time()
         missing_bytes = image.missing_bytes
         fetched_bytes, streamed_bytes = image.statistics().fetch.fetched_bytes, image.streamed_bytes_max
         with trio.move_on_after(STEP_LIMIT_S) as scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_then_cancel, image.wait_released, nursery.cancel_scope)
+                is_failing = partial(self._disk.wait_normal, normal=False)
+                nursery.start_soon(_then_cancel, is_failing, nursery.cancel_scope)
                 try:
                     await image.hydrate(self._step_bytes)
                 except (LazyImgError, OSError) as exc:
@@ -139,6 +145,9 @@ class Hydrator:
         # A stream pays for itself.
         if image.source != "stream":
             self._pace.spend(image.statistics().fetch.fetched_bytes - fetched_bytes, now_s)
+        if not self._disk.is_normal:
+            # Nothing could be kept; the image is not to blame.
+            return
         # At a low rate a stream takes longer than a step to come to what is absent.
         if image.missing_bytes >= missing_bytes and image.streamed_bytes_max <= streamed_bytes:
             self._set_aside[image.inode] = _SetAside(self._aside(image).count + 1, now_s + SET_ASIDE_S)

@@ -20,6 +20,7 @@ from lazyimg.image.fetcher import Fetcher, FetchStatistics
 from lazyimg.image.prefetcher import Prefetcher
 from lazyimg.image.source import SourceKind
 from lazyimg.image.spool import Spool
+from lazyimg.image.verification import damaged_chunks, hash_of
 from lazyimg.image.want import Cause
 from lazyimg.store.chunkfile import ChunkFile
 
@@ -298,32 +299,32 @@ class LazyImage:
     async def verify(self, report: Callable[[int, int], None]) -> tuple[int, SourceHash]:
         """Check every present chunk, and the source's hash where all are present and Glance gave one.
 
-        Returns how many chunks were damaged, all dropped by now, and the outcome of the hash.  `report` is
-        called with bytes done and to do; cancellation ends the work at its next call.
+        Returns how many chunks were damaged, all dropped by now, and the outcome of the hash.  `report` is called
+        with bytes done and to do.  Raises CacheUnusable where the cache's disk is not normal, OSError.
         """
 
-        def step(done_chunks: int, total_chunks: int) -> None:
-            trio.from_thread.check_cancelled()
-            trio.from_thread.run_sync(report, done_chunks * CHUNK_SIZE_BYTES, total_chunks * CHUNK_SIZE_BYTES)
+        async def hashed(start: int, stop: int) -> None:
+            report(stop, self.size_bytes)
 
-        def check() -> tuple[int, SourceHash]:
-            _, damaged = self._file.verify(step)
-            source_hash = None if self.is_decoded else self.record.source_hash
-            if source_hash is None or damaged or not self._file.is_whole:
-                return len(damaged), "unknown"
-            algo, expected = source_hash
-            try:
-                return 0, "match" if self._file.hash_source(algo, step) == expected else "mismatch"
-            except (ChunkAbsent, ChunkUnreadable):
-                # Dropped since it was checked, by a read that found it damaged, or not readable any more.
-                return 0, "unknown"
-            except ChunkDamaged as exc:
-                return len(exc.chunks), "unknown"
-
-        damaged_count, source_hash = await trio.to_thread.run_sync(check, limiter=self._hash_limiter)
-        if damaged_count:
+        limiter = self._hash_limiter
+        damaged = await damaged_chunks(self._file, self._disk, limiter, report)
+        if damaged:
             self._damaged()
-        return damaged_count, source_hash
+        source_hash = None if self.is_decoded else self.record.source_hash
+        if source_hash is None or damaged or not self.is_whole:
+            return len(damaged), "unknown"
+        algo, expected = source_hash
+        try:
+            digest = await hash_of(algo, self.size_bytes, self.stored, self._disk, limiter, hashed)
+        except ChunkAbsent:
+            # Dropped since it was checked, by a read that found it damaged.
+            return 0, "unknown"
+        except ChunkDamaged as exc:
+            return len(exc.chunks), "unknown"
+        except (ChunkUnreadable, OSError):
+            self._disk.check_normal()
+            raise
+        return 0, "match" if digest == expected else "mismatch"
 
     def stored(self, start: int, stop: int) -> bytes:
         """Return bytes that are on file, proven (thread).  Raises ChunkAbsent, ChunkDamaged or OSError."""

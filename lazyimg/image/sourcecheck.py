@@ -7,7 +7,6 @@ image that has to come once more, in the background like hydration, and goes by 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from lazyimg.image.slots import FlightSlots
 from lazyimg.image.source import Glance
 from lazyimg.image.sourcepass import PassImpossible, SourcePass
 from lazyimg.image.states import CHANGED, JUDGING, QUARANTINED
+from lazyimg.image.verification import STEP_BYTES, hash_of
 from lazyimg.store.entry import ImageEntry
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,6 @@ _T = TypeVar("_T")
 LOOK_INTERVAL_S = 2.0
 # One that could not be compared is tried again after this.
 AGAIN_S = 600.0
-# Read or fetched, and hashed, in one go: some 8 ms of SHA-512.
-STEP_BYTES = 4 << 20
 # Attempts at a part of the source, and the pause after one that failed.
 ATTEMPTS_MAX = 5
 ATTEMPT_PAUSE_S = 10.0
@@ -97,6 +95,8 @@ class SourceCheck:
     async def run(self) -> None:
         """Compare until cancelled."""
         while True:
+            # While it is not, what fails says nothing of the image.
+            await self._disk.wait_normal()
             key = self._next_nowait()
             if key is None:
                 await trio.sleep(LOOK_INTERVAL_S)
@@ -135,6 +135,9 @@ class SourceCheck:
             logger.info("image of key %s: not whole any more: %s", key, exc)
         except (LazyImgError, OSError, KeyError, PassImpossible) as exc:
             logger.info("image of key %s: not compared with its hash now: %s", key, exc)
+            if not self._disk.may_read:
+                # Again as soon as the disk is back.  Not so after one error, which may be a bad sector's.
+                self._again_at_s.pop(key, None)
 
     def _may_check(self, entry: ImageEntry, image: LazyImage | None) -> bool:
         """False for a decoded image whose source must not be fetched now."""
@@ -177,6 +180,7 @@ class SourceCheck:
     async def _fetched(self, source: Source, record: ImageRecord, start: int, stop: int) -> bytes:
         size_bytes = record.size_bytes or 0
         await trio.sleep(source.pace.wait_s(trio.current_time()))
+        await self._disk.wait_normal()
         while is_busy(self._images.open_images()):  # noqa: ASYNC110  (what is waited for is that time passes)
             await trio.sleep(LOOK_INTERVAL_S)
         async with (
@@ -196,17 +200,13 @@ class SourceCheck:
 
     async def _digest(self, image: LazyImage, algo: str) -> str:
         """Return the hash of the whole file, read at the pace."""
-        digest = hashlib.new(algo, usedforsecurity=False)
 
-        def step(start: int, stop: int) -> None:
-            digest.update(image.stored(start, stop))
-
-        for start in range(0, image.size_bytes, STEP_BYTES):
-            stop = min(start + STEP_BYTES, image.size_bytes)
-            await self._disk.read(step, start, stop, limiter=self._limiter)
+        async def paced(start: int, stop: int) -> None:
             self._pace.spend(stop - start, trio.current_time())
             await trio.sleep(self._pace.wait_s(trio.current_time()))
-        return digest.hexdigest()
+            await self._disk.wait_normal()
+
+        return await hash_of(algo, image.size_bytes, image.stored, self._disk, self._limiter, paced)
 
 
 def is_unproven(entry: ImageEntry) -> bool:

@@ -68,6 +68,10 @@ class Writer:
         self._is_stopped = False
         self._idle = trio.Event()
         self._idle.set()
+        # Chunks that could not be stored when they came and are on their way to `put` again; set when there are none.
+        self._again: set[int] = set()
+        self._none_again = trio.Event()
+        self._none_again.set()
 
     @property
     def is_idle(self) -> bool:
@@ -78,7 +82,10 @@ class Writer:
         data = self._unwritten.get(chunk)
         if data is None:
             data = self._unstored.get(self, chunk)
-            if data is not None and self._disk.may_write:
+            if data is not None and self._disk.may_write and chunk not in self._again:
+                if not self._again:
+                    self._none_again = trio.Event()
+                self._again.add(chunk)
                 self._nursery.start_soon(self._put_again, chunk, data)
         return data
 
@@ -110,9 +117,14 @@ class Writer:
             self._nursery.start_soon(self._write_out)
 
     async def _put_again(self, chunk: int, data: bytes) -> None:
-        # Others may have asked for it since.
-        if self._unstored.take(self, chunk):
-            await self.put([(chunk, data)], when_done=lambda: None)
+        try:
+            # Others may have come since, for whom it made room.
+            if self._unstored.take(self, chunk):
+                await self.put([(chunk, data)], when_done=lambda: None)
+        finally:
+            self._again.discard(chunk)
+            if not self._again:
+                self._none_again.set()
 
     def stop(self) -> None:
         """Write nothing more: the image is dropped."""
@@ -120,7 +132,8 @@ class Writer:
         self._unstored.forget(self)
 
     async def wait_idle(self) -> None:
-        """Wait until all that was put is on file or given up."""
+        """Wait until all that was put, and what was to be put again, is on file or given up."""
+        await self._none_again.wait()
         await self._idle.wait()
 
     async def _write_out(self) -> None:

@@ -6,11 +6,10 @@ read returns bytes only of chunks whose checksum was verified since this process
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES, chunk_count, chunk_range, chunks_of
@@ -27,8 +26,6 @@ READ_BYTES_MAX = 1 << 20
 _RUN_CHUNKS = READ_BYTES_MAX // CHUNK_SIZE_BYTES
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
 
 
 class ChunkFile:
@@ -198,42 +195,31 @@ class ChunkFile:
         """Make chunks absent, durably (thread).  Their bytes stay until written again.  Raises OSError."""
         self._presence.forget(chunks)
 
-    def verify(self, progress: Progress | None = None) -> tuple[int, list[int]]:
-        """Read every present chunk and drop the damaged ones (thread).
+    def verify(self, chunks: range | None = None) -> tuple[int, list[int]]:
+        """Read what is present of these chunks, or of all, and drop the damaged ones (thread).
 
-        Returns how many were checked and which were damaged.  progress is told chunks checked and present now
-        and then; an exception of its ends the check.
+        Returns how many were checked and which were damaged.  Raises ChunkUnreadable, once all others were checked,
+        or OSError where the index fails.
         """
         checked, damaged = 0, list[int]()
-        for chunks in self._all_runs():
-            states = self._presence.states(chunks)
-            for run in _runs([chunks[i] for i, state in enumerate(states) if state != ABSENT]):
+        unreadable = list[int]()
+        error: ChunkUnreadable | None = None
+        for part in _parts(range(self.chunk_count) if chunks is None else chunks):
+            states = self._presence.states(part)
+            for run in _runs([part[i] for i, state in enumerate(states) if state != ABSENT]):
                 with self._descriptor.in_use() as fd:
                     try:
                         _, bad, absent = self._read_checked(fd, run)
-                    except (ChunkUnreadable, OSError) as exc:
-                        log.warning("%s: chunks from %d: %s", self.path, run.start, exc)
-                        bad, absent = list(run), []
+                    except ChunkUnreadable as exc:
+                        unreadable, error = unreadable + list(run), exc
+                        continue
                 self._presence.set_proven(set(run) - set(bad) - set(absent))
                 if bad:
                     self._damaged(bad)
                 checked, damaged = checked + len(run) - len(absent), damaged + bad
-            if progress is not None:
-                progress(checked, self.present_count)
+        if error is not None:
+            raise ChunkUnreadable(str(error), unreadable) from error.__cause__
         return checked, damaged
-
-    def hash_source(self, algo: str, progress: Progress | None = None) -> str:
-        """Return the hex digest by `algo` (hashlib's name) of the whole file (thread).
-
-        Raises ChunkAbsent or ChunkDamaged if any byte is missing, ValueError for an unknown algorithm.
-        """
-        digest = hashlib.new(algo, usedforsecurity=False)
-        for chunks in self._all_runs():
-            stop = min(chunks.stop * CHUNK_SIZE_BYTES, self.size_bytes)
-            digest.update(self.read(chunks.start * CHUNK_SIZE_BYTES, stop))
-            if progress is not None:
-                progress(chunks.stop, self.chunk_count)
-        return digest.hexdigest()
 
     def open(self) -> None:
         """Open the file now (thread).  Raises OSError, ESTALE where it is not what it was or must be."""
@@ -346,9 +332,10 @@ class ChunkFile:
         )
         return ChunkDamaged(f"{self.path.name}: chunks {chunks} are damaged", chunks)
 
-    def _all_runs(self) -> Iterator[range]:
-        for first in range(0, self.chunk_count, _RUN_CHUNKS):
-            yield range(first, min(first + _RUN_CHUNKS, self.chunk_count))
+
+def _parts(chunks: range) -> Iterator[range]:
+    for first in range(chunks.start, chunks.stop, _RUN_CHUNKS):
+        yield range(first, min(first + _RUN_CHUNKS, chunks.stop))
 
 
 def _runs(chunks: Sequence[int]) -> Iterator[range]:

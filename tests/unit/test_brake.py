@@ -29,7 +29,6 @@ class Held:
     """All images are held open, and there is room."""
 
     is_full = False
-    may_write = True
 
     def __init__(self) -> None:
         self.images: list[LazyImage] = []
@@ -45,14 +44,14 @@ class Held:
 @pytest.fixture
 def rig(rig: ImageRig, mock_clock: MockClock) -> ImageRig:
     """The one of all modules, with a rate."""
-    rig.slow_streams = SlowStreams(Pace(RATE))
+    rig.slow_streams = SlowStreams(Pace(RATE), rig.disk)
     return rig
 
 
 @pytest.fixture
 def held(rig: ImageRig) -> Held:
     one = Held()
-    hydrator = Hydrator(one, one, one, rig.slow_streams.pace, delay_s=DELAY_S)
+    hydrator = Hydrator(one, one, rig.disk, rig.slow_streams.pace, delay_s=DELAY_S)
     rig.nursery.start_soon(hydrator.run)
     return one
 

@@ -28,7 +28,6 @@ class Held:
     def __init__(self) -> None:
         self.images: list[LazyImage] = []
         self.is_full = False
-        self.may_write = True
 
     def open_images(self) -> list[LazyImage]:
         return self.images
@@ -44,7 +43,7 @@ def held() -> Held:
 
 
 def start(rig: ImageRig, held: Held, *, bytes_per_s: int = 0) -> None:
-    rig.nursery.start_soon(Hydrator(held, held, held, Pace(bytes_per_s), delay_s=DELAY_S).run)
+    rig.nursery.start_soon(Hydrator(held, held, rig.disk, Pace(bytes_per_s), delay_s=DELAY_S).run)
 
 
 def opened(rig: ImageRig, held: Held, number: int = 1, size_bytes: int = SIZE_BYTES) -> LazyImage:
@@ -199,20 +198,6 @@ async def test_images_that_hang_take_no_turns_from_others(
     start(rig, held)
     await rig.pass_time(mock_clock, int(DELAY_S + 3 * STEP_LIMIT_S + 10))
     assert other.is_whole
-
-
-async def test_disk_that_is_bypassed_is_given_nothing(
-    rig: ImageRig, held: Held, mock_clock: MockClock
-) -> None:
-    """While the cache's disk is not written to nothing is fetched for nobody."""
-    image = opened(rig, held)
-    held.may_write = False
-    start(rig, held)
-    await rig.pass_time(mock_clock, 2 * DELAY_S)
-    assert rig.glance.ranges == []
-    held.may_write = True
-    await rig.pass_time(mock_clock, 3)
-    assert image.is_whole
 
 
 async def test_full_cache_is_not_asked_to_hold_more(rig: ImageRig, held: Held, mock_clock: MockClock) -> None:
