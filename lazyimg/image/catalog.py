@@ -86,7 +86,7 @@ class Catalog:
         # Open since before this daemon, by inode.
         handed_over = {self._keys_by_inode.get(inode): count for inode, count in (handles or {}).items()}
         held = {key: count for key, count in handed_over.items() if key is not None}
-        self._opened = OpenImages(cache, maker, disk, limiter, held, open_files_max)
+        self._opened = OpenImages(cache, self._states, maker, disk, limiter, held, open_files_max)
         self._eviction = Eviction(self._glance, self._states, self._opened, self._forget)
         # Asked and not published.
         self._decisions = Decisions(
@@ -355,6 +355,7 @@ class Catalog:
             # What a guest wrote into its disk must not be taken for a format either.
             record_judged = as_raw(record, size_bytes)
         entry = ImageEntry(record, self._view, size_bytes, last_used_s=time.time(), state=JUDGING)
+        await self._eviction.finish(entry.key)
         await self._states.add(entry)
         try:
             image = await self._opened.open(entry.key, head)

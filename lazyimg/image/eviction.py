@@ -73,6 +73,15 @@ class Eviction:
         if entry is not None and not entry.in_use and entry.state != QUARANTINED:
             await self.try_evict(key)
 
+    async def finish(self, key: str) -> None:
+        """Drop what a failing disk has kept of a quarantined image that was evicted: no byte of it may come back.
+
+        Raises OSError where it still fails.
+        """
+        entry = self._states.get(key)
+        if entry is not None and entry.state == QUARANTINED:
+            await self._opened.remove(entry.record, key, lambda: None)
+
     async def _check_replaceable(self, entry: ImageEntry) -> None:
         """Raise ImageRefused unless an image can be fetched again, or nobody can find it any more."""
         seen: ImageRecord | LazyImgError

@@ -15,7 +15,7 @@ from lazyimg.errors import InUse, LazyImgError
 from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.maker import Maker
-from lazyimg.image.states import impose
+from lazyimg.image.states import States, impose
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.chunkfile import ChunkFile
 
@@ -48,6 +48,7 @@ class OpenImages:
     def __init__(
         self,
         cache: CacheDir,
+        states: States,
         maker: Maker,
         disk: DiskHealth,
         limiter: trio.CapacityLimiter,
@@ -55,6 +56,7 @@ class OpenImages:
         files_max: int,
     ) -> None:
         self._cache = cache
+        self._states = states
         self._disk = disk
         self._maker = maker
         self._limiter = limiter
@@ -115,7 +117,8 @@ class OpenImages:
         async with self._opening.setdefault(key, trio.Lock()):
             image = self._images.get(key)
             if image is None:
-                entry = self._cache.index.get(key)
+                # With what the disk could not note yet: a quarantine outlives the opening that found it out.
+                entry = self._states.get(key)
                 if entry is None:
                     raise KeyError(key)
                 file = await self._open_file(key)

@@ -144,7 +144,7 @@ class States:
             )
             impose(image, QUARANTINED, reason)
             logger.error("image quarantined: %s", reason)
-            await self.mark(entry, state=QUARANTINED, reason=reason)
+            await self.mark(entry, state=QUARANTINED, reason=reason, verified=False)
 
     async def used(self, entry: ImageEntry) -> None:
         """Note that the image is used now; its first use gives it its mtime and a place in the listing."""
