@@ -47,6 +47,7 @@ OWNERS: dict[str, set[str]] = {
     "httpcore": {"glance.connections"},
     "diskcache": {"store"},
     "xxhash": {"store"},
+    "isal": {"core.qcow2"},
     "openstack": {"glance.auth"},
     "keystoneauth1": {"glance.auth"},
     "oslo_utils": {"core.header"},

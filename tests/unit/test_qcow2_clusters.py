@@ -81,8 +81,8 @@ def test_bomb_takes_no_memory(compression: str) -> None:
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # zlib keeps what it has not read of its input beside the cluster; the bomb itself is no larger.
-    assert peak_bytes < len(bomb) + (64 << 10)
+    # The decoder's own state, and what it has not read of its input; the bomb itself is no larger.
+    assert peak_bytes < len(bomb) + (128 << 10)
 
 
 def test_endless_empty_frames_are_damaged() -> None:

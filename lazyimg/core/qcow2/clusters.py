@@ -1,14 +1,15 @@
 """Decoding one compressed cluster.
 
 Pure and bounded: no input makes more than a cluster and one byte, and zstd's window is at most 128 MiB of address
-space (libzstd's default limit, and qemu's), of which only what is decoded is touched.  zlib and zstd let other
-threads run meanwhile.
+space (libzstd's default limit, and qemu's), of which only what is decoded is touched.  Both libraries let other threads
+run meanwhile.
 """
 
 from __future__ import annotations
 
 import sys
-import zlib
+
+from isal import isal_zlib
 
 from lazyimg.core.qcow2.header import Header
 from lazyimg.errors import SourceDamaged
@@ -35,7 +36,7 @@ def decode_cluster(header: Header, data: bytes) -> bytes:
     decode = _inflate if header.compression == "deflate" else _decode_zstd
     try:
         cluster = decode(data, header.cluster_size_bytes)
-    except (zlib.error, zstd.ZstdError) as exc:
+    except (isal_zlib.error, zstd.ZstdError) as exc:  # type: ignore[misc]  # its stub has an instance there
         raise _damaged(f"cannot be decoded ({exc})") from exc
     if len(cluster) != header.cluster_size_bytes:
         raise _damaged(f"holds {len(cluster)} of {header.cluster_size_bytes} bytes")
@@ -50,7 +51,7 @@ def _damaged(reason: str) -> SourceDamaged:
 
 def _inflate(data: bytes, size_bytes: int) -> bytes:
     """Return the first `size_bytes` of a raw deflate stream; as qemu, do not ask whether it ends there."""
-    return zlib.decompressobj(-_DEFLATE_WINDOW_BITS).decompress(data, size_bytes)
+    return isal_zlib.decompressobj(-_DEFLATE_WINDOW_BITS).decompress(data, size_bytes)
 
 
 def _decode_zstd(data: bytes, size_bytes: int) -> bytes:
