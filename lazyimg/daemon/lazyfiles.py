@@ -111,9 +111,12 @@ class LazyFiles:
         return target.encode()
 
     async def open(self, inode: int, flags: int) -> None:
-        """Open an image for reading."""
+        """Open an image for reading, EROFS for writing.
+
+        libvirt opens a base for writing to lock it when a guest ends; any other errno is an error in its log.
+        """
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            raise PermissionError(errno.EPERM, "images cannot be written")
+            raise OSError(errno.EROFS, "images cannot be written")
         image = await self.image(inode)
         self._handles.opened(inode)
         image.opened()
