@@ -13,9 +13,10 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 APT_GET := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qy -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300
 
 # pyfuse3 is compiled against libfuse; qemu and e2fsprogs serve the demo and the tests; systemd brings
-# systemd-analyze, which judges our unit.
+# systemd-analyze, which judges our unit; the tests run a libvirtd of their own, no service comes with these packages.
 APT_PACKAGES := fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv \
-	qemu-utils qemu-system-x86 e2fsprogs systemd
+	qemu-utils qemu-system-x86 e2fsprogs systemd \
+	libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients python3-libvirt
 # The peers and servers that the benchmarks compare with.
 APT_PACKAGES_BENCH := nginx libnginx-mod-http-lua nbdkit python3-libnbd qemu-block-extra rclone curl fio \
 	iproute2 mmdebstrap

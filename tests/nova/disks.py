@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
+import urllib.request
 from pathlib import Path
 from typing import Any
 
-from served_glance import pattern
+from served_glance import ServedGlance, pattern
 
 
 def qemu(*words: object) -> str:
@@ -47,3 +48,16 @@ def assert_reads_as(disk: Path, disk_format: str, number: int, size_bytes: int) 
         assert "identical" in said
     finally:
         original.unlink()
+
+
+def as_raw(disk: Path, dest: Path) -> bytes:
+    """Return what a qcow2 disk reads as."""
+    qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk, dest)
+    return dest.read_bytes()
+
+
+def downloaded(glance: ServedGlance, image_id: str) -> bytes:
+    """Return an image's bytes as Glance has them."""
+    with urllib.request.urlopen(f"{glance.url}/v2/images/{image_id}/file", timeout=60) as answer:
+        data: bytes = answer.read()
+        return data

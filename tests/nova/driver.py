@@ -1,8 +1,8 @@
 """Drives the real, unmodified Nova: reads one JSON call a line, answers one JSON line each.
 
 Run by Nova's own Python, as the user Nova runs as.  Nothing of Nova is copied or replaced but what would need
-other services: libvirt is the stand-in that Nova ships for its own functional tests, and of the database the
-few calls that the libvirt driver makes are answered from memory.
+other services: of the database the few calls that the libvirt driver makes are answered from memory, and libvirt
+is the stand-in that Nova ships for its own functional tests, unless the configuration names a real one.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Nova:
         priv_context.init(root_helper=shlex.split(utils.get_root_helper()))
         neutron.register_dynamic_opts(nova.conf.CONF)
         objects.register_all()
-        stand_in.LibvirtFixture().setUp()
+        if not nova.conf.CONF.libvirt.connection_uri:
+            stand_in.LibvirtFixture().setUp()
         # There is no compute manager to hear of a guest's end, and the stand-in has no thread to tell of it.
         mock.patch.object(host.Host, "_event_emit_delayed").start()
         self._context = context.RequestContext(USER, PROJECT, auth_token="token")
@@ -102,6 +103,13 @@ class Nova:
         instance = self._instances[uuid]
         self._driver.power_off(instance)
         instance.power_state = power_state.SHUTDOWN
+        return self._upload_snapshot(instance)
+
+    def live_snapshot(self, uuid: str) -> str:
+        """Upload what a running instance has as an image; return the image's id."""
+        return self._upload_snapshot(self._instances[uuid])
+
+    def _upload_snapshot(self, instance: objects.Instance) -> str:
         record = {"name": "snapshot", "visibility": "private", "container_format": "bare"}
         image_id: str = glance.API().create(self._context, {**record, "properties": {}})["id"]
         self._driver.snapshot(self._context, instance, image_id, lambda **_states: None)
@@ -118,6 +126,26 @@ class Nova:
         folder = libvirt_utils.get_instance_path(instance)
         os.mkdir(folder)
         self._driver._create_images_and_backing(self._context, instance, folder, json.loads(disk_info))
+
+    def live_migrate(self, uuid: str, target: str) -> None:
+        """The source's part of a live migration with a copy of the disks, to the host with this address."""
+        data = objects.LibvirtLiveMigrateData(
+            block_migration=True, target_connect_addr=target, serial_listen_addr="", serial_listen_ports=[],
+            supported_perf_events=[], bdms=[],
+        )  # fmt: skip
+        data.migration = objects.Migration(self._context, status="preparing")
+        ends: list[str] = []
+        self._driver.live_migration(
+            self._context,
+            self._instances[uuid],
+            target,
+            lambda *_args: ends.append("migrated"),
+            lambda *_args, **_more: ends.append("rolled back"),
+            block_migration=True,
+            migrate_data=data,
+        )
+        if ends != ["migrated"]:
+            raise RuntimeError(f"the live migration ended as {ends}")
 
     def forget(self, uuid: str, destroy_disks: bool = True) -> None:
         """End an instance, with its disks or, as a migration's source does, without."""
@@ -165,6 +193,7 @@ class Nova:
         uuid: str,
         image_id: str,
         *,
+        memory_mb: int = 64,
         root_gb: int = 0,
         ephemeral_gb: int = 0,
         swap_mb: int = 0,
@@ -173,7 +202,7 @@ class Nova:
         config_drive: bool = False,
     ) -> objects.Instance:
         flavor = objects.Flavor(
-            id=1, flavorid="1", name="flavor", vcpus=1, memory_mb=64, root_gb=root_gb, ephemeral_gb=ephemeral_gb,
+            id=1, flavorid="1", name="flavor", vcpus=1, memory_mb=memory_mb, root_gb=root_gb, ephemeral_gb=ephemeral_gb,
             swap=swap_mb, extra_specs={}, is_public=True, disabled=False, rxtx_factor=1.0, vcpu_weight=0,
             description=None, projects=[],
         )  # fmt: skip
@@ -249,6 +278,7 @@ class Nova:
             mock.patch.object(objects.ShareMappingList, "get_by_instance_uuid", return_value=[]),
             mock.patch.object(objects.Instance, "save"),
             mock.patch.object(objects.BlockDeviceMapping, "save"),
+            mock.patch.object(objects.Migration, "save"),
         ):
             yield
 
@@ -268,6 +298,8 @@ def main() -> None:
                 traceback.print_exc()
                 answer = {"error": type(exc).__name__, "message": str(exc)}
             print(json.dumps(answer), file=answers, flush=True)
+    # Nova's threads, those that wait for libvirt's events among them, have no end of their own.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from real_mount import wait_until
-from setup_nova import VENV
+from setup_nova import PYTHON, VENV
 
 HERE = Path(__file__).parent
 NOVA_UID = NOVA_GID = 65534
@@ -121,6 +121,8 @@ class Nova:
             "PATH": f"{folder}/bin:{SECURE_PATH}",
             "HOME": f"{folder}/state",
             "TMPDIR": f"{folder}/tmp",
+            # The binding of a real libvirt, where there is one.
+            "PYTHONPATH": f"{folder}/python",
             "PYTHONWARNINGS": "ignore",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
@@ -177,7 +179,8 @@ class NovaHost:
         for name in ("bin", "rootwrap.d"):
             (folder / name).mkdir()
         where = {"folder": folder, "venv": VENV}
-        config = CONFIG.format(**where, glance_url=glance_url, more=more_config)
+        more = more_config.replace("{folder}", str(folder))
+        config = CONFIG.format(**where, glance_url=glance_url, more=more)
         (folder / "nova.conf").write_text(config)
         (folder / "rootwrap.conf").write_text(ROOTWRAP_CONFIG.format(**where))
         (folder / "rootwrap.d" / "compute.filters").write_text(ROOTWRAP_FILTER.format(**where))
@@ -188,6 +191,14 @@ class NovaHost:
         sudo.write_text(f'#!/bin/sh\nexec {VENV}/bin/python -IS {folder}/bin/sudo.py {folder}/root "$@"\n')
         sudo.chmod(0o755)
         self.root = RootCommands(folder / "root", folder / "root.log")
+
+    def provide_libvirt_binding(self) -> None:
+        """Let Nova, in its virtual environment, import the system's binding of libvirt and nothing else of it."""
+        (self.folder / "python").mkdir()
+        find = "import libvirt, libvirtmod; print(libvirt.__file__, libvirtmod.__file__)"
+        found = subprocess.run([PYTHON, "-c", find], check=True, capture_output=True, text=True).stdout
+        for path in map(Path, found.split()):
+            (self.folder / "python" / path.name).symlink_to(path)
 
     @property
     def nova(self) -> Nova:

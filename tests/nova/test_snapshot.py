@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import urllib.request
 import uuid
 from pathlib import Path
 
 import pytest
-from disks import info, made_as, qemu
+from disks import as_raw, downloaded, info, made_as, qemu
 from nova_host import NovaHost
 from real_mount import Mount
 from served_glance import MIB, ServedGlance, ServedImage
@@ -24,19 +23,6 @@ def image(glance: ServedGlance, tmp_path: Path) -> ServedImage:
 def guest_writes(disk: Path) -> None:
     """Change a part of a disk, as its guest would."""
     qemu("qemu-io", "-f", "qcow2", "-c", "write -P 0x5a 1M 2M", disk)
-
-
-def as_raw(disk: Path, dest: Path) -> bytes:
-    """Return what a qcow2 disk reads as."""
-    qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk, dest)
-    return dest.read_bytes()
-
-
-def downloaded(glance: ServedGlance, image_id: str) -> bytes:
-    """Return an image's bytes as Glance has them."""
-    with urllib.request.urlopen(f"{glance.url}/v2/images/{image_id}/file", timeout=60) as answer:
-        data: bytes = answer.read()
-        return data
 
 
 def assert_all_ranges(glance: ServedGlance, image_id: str) -> None:
