@@ -36,6 +36,7 @@ def run_isolated(benchmark: Callable[[Path], int], parent_dir: Path) -> int:
     inside = os.environ.pop(WORK_DIR_VARIABLE, None)
     if inside is not None:
         signal.signal(signal.SIGTERM, _exit_on_signal)
+        _detach_copies()
         run("ip", "link", "set", "lo", "up")
         return benchmark(Path(inside))
     if os.geteuid() != 0:
@@ -53,6 +54,16 @@ def run_isolated(benchmark: Callable[[Path], int], parent_dir: Path) -> int:
             # Ends all of the inner run at once, by --kill-child; nothing to do when it ended by itself.
             process.kill()
             process.wait()
+
+
+def _detach_copies() -> None:
+    """Detach what this namespace copied of others' FUSE mounts: unmounted there, they would live on here."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, place, kind, *_ = line.split(" ")
+        if kind.startswith("fuse"):
+            # It may go by itself.  Octal escapes as of fstab(5).
+            path = place.encode().decode("unicode_escape")
+            subprocess.run(["umount", "--lazy", path], capture_output=True, check=False)
 
 
 def _exit_on_signal(signum: int, _frame: FrameType | None) -> None:
