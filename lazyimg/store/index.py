@@ -16,7 +16,7 @@ import sqlite3
 import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from diskcache.core import MODE_RAW  # type: ignore[import-untyped]  # it has no
 
 from lazyimg.core.chunks import chunk_count
 from lazyimg.store.checksum import checksum
+from lazyimg.store.databasefile import errno_of, is_corrupt, is_cut_short, problem_of
 from lazyimg.store.entry import ImageEntry
 from lazyimg.store.sidecar import PAGE_BYTES, Sidecars, present_count
 
@@ -35,8 +36,6 @@ _PAGE = struct.Struct(f"<{PAGE_CHUNKS}Q")
 _KEY = re.compile(r"[0-9a-f]{32}")
 _KEYS = "images"
 _DAMAGED = "damaged"
-# What SQLite's primary result codes say of the disk; all others are EIO.
-_ERRNO = {sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_READONLY: errno.EROFS}
 # diskcache's name for it.
 _DATABASE = "cache.db"
 
@@ -64,8 +63,9 @@ class Index:
                                       uint64 each, 0 for absent; tag <key>
         table/<key>/<start>           checksum (uint64) of a part of the source, and the part; tag <key>
     Without `images` it is new or was lost, and is filled from the sidecars, `images` last.  Beside it a file
-    `damaged` appears when SQLite found its file corrupt; the next start checks it, and sets the folder aside if it
-    is.  Every fault of SQLite is raised as OSError: ENOSPC when the disk is full, EROFS when it is read-only, else EIO.
+    `damaged` appears when SQLite found its file corrupt; the next start checks it, as one that is cut short, and
+    sets the folder aside if it is.  Every fault of SQLite is raised as OSError: ENOSPC when the disk is full, EROFS
+    when it is read-only, else EIO.
     """
 
     def __init__(self, path: Path, sidecars: Sidecars | None = None) -> None:
@@ -77,8 +77,14 @@ class Index:
         self._lock = threading.Lock()
         self._entries: dict[str, ImageEntry] = {}
         try:
-            if (path / _DAMAGED).exists():
-                _check(path)
+            mark = path / _DAMAGED
+            if mark.exists() or is_cut_short(path / _DATABASE):
+                # SQLite calls a file corrupt also when one read of it fails with EIO (tried with 3.40.1): a disk that
+                # failed for a moment must not cost the cache.
+                problem = problem_of(path / _DATABASE)
+                if problem:
+                    raise IndexDamaged(f"{path}: found corrupt, or cut short: {problem}")
+                mark.unlink(missing_ok=True)
             self._cache = diskcache.Cache(
                 str(path),
                 disk=_PlainDisk,
@@ -99,9 +105,9 @@ class Index:
             if sidecars is not None:
                 sidecars.heal(self.entries())
         except (sqlite3.Error, diskcache.Timeout) as exc:
-            if _is_corrupt(exc):
+            if is_corrupt(exc):
                 raise IndexDamaged(f"{path}: {exc}") from exc
-            raise OSError(_errno_of(exc), f"cache index {path}: {exc}") from exc
+            raise OSError(errno_of(exc), f"cache index {path}: {exc}") from exc
 
     def entries(self) -> list[ImageEntry]:
         """Return all entries."""
@@ -350,24 +356,11 @@ class Index:
             # Within A Transaction"), where every later one fails; closing it rolls back.
             with suppress(sqlite3.Error):
                 self._cache.close()
-            if _is_corrupt(exc):
+            if is_corrupt(exc):
                 # If even this fails the next start finds out for itself.
                 with suppress(OSError):
                     (self._path / _DAMAGED).touch()
-            raise OSError(_errno_of(exc), f"cache index {self._path}: {exc}") from exc
-
-
-def _check(path: Path) -> None:
-    """Take the mark from an index that is whole after all; raise IndexDamaged if it is not.
-
-    SQLite calls a file corrupt also when one read of it fails with EIO (tried with 3.40.1): a disk that failed for
-    a moment must not cost the cache.
-    """
-    with closing(sqlite3.connect(path / _DATABASE)) as connection:
-        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if found != "ok":
-        raise IndexDamaged(f"{path}: found corrupt when it was last used: {found}")
-    (path / _DAMAGED).unlink()
+            raise OSError(errno_of(exc), f"cache index {self._path}: {exc}") from exc
 
 
 def _table_key(key: str, start: int) -> str:
@@ -376,18 +369,3 @@ def _table_key(key: str, start: int) -> str:
 
 def _page_key(key: str, generation: str, page_no: int) -> str:
     return f"page/{key}/{generation}/{page_no}"
-
-
-def _errno_of(exc: Exception) -> int:
-    return _ERRNO.get(_primary_code(exc), errno.EIO)
-
-
-def _is_corrupt(exc: Exception) -> bool:
-    return _primary_code(exc) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-
-def _primary_code(exc: Exception) -> int:
-    # The low byte; the rest tells variants of it apart (sqlite.org/rescode.html, "Primary Result Codes").
-    # diskcache calls whatever fails a transaction's begin a timeout, and SQLite's own error its context.
-    cause = exc.__context__ if isinstance(exc, diskcache.Timeout) else exc
-    return int(getattr(cause, "sqlite_errorcode", 0)) & 0xFF

@@ -84,6 +84,28 @@ def test_spoiled_index_is_never_in_the_way(
         assert file.read(0, SIZE_BYTES) == WHOLE
 
 
+@pytest.mark.parametrize("left", [0.3, 0.6, 0.9])
+def test_index_cut_short_beside_its_log_is_found_at_the_next_start(
+    path: Path, tmp_path: Path, left: float, expected_warnings: Callable[..., None]
+) -> None:
+    """SQLite believes the log that a killed daemon leaves of how long the file is: whoever needs the rest would fail."""
+    expected_warnings("cache index set aside: .*cut short", "cache index rebuilt from sidecars: 1 images, 16")
+    fill(path)
+    database = path / "index" / "cache.db"
+    killed = tmp_path / "killed"
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute("CREATE TABLE other (one)")
+        connection.execute("INSERT INTO other VALUES (randomblob(200000))")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.execute("CREATE TABLE another (one)")
+        shutil.copytree(path, killed)
+    cut = killed / "index" / "cache.db"
+    os.truncate(cut, int(cut.stat().st_size * left) // 4096 * 4096)
+    with opened(killed) as (_, file):
+        assert file.read(0, SIZE_BYTES) == WHOLE
+        check_and_refill(file)
+
+
 def test_index_that_could_not_be_read_for_a_moment_is_kept(faulty_disk: FaultyDisk) -> None:
     """SQLite calls its file corrupt when one read of it fails; the next start finds it whole and keeps all."""
     path = faulty_disk.path / "index"
