@@ -88,7 +88,7 @@ def test_spoiled_index_is_never_in_the_way(
 def test_index_cut_short_beside_its_log_is_found_at_the_next_start(
     path: Path, tmp_path: Path, left: float, expected_warnings: Callable[..., None]
 ) -> None:
-    """SQLite believes the log that a killed daemon leaves of how long the file is: whoever needs the rest would fail."""
+    """SQLite believes the log that a killed daemon left of how long the file is, and misses the rest later."""
     expected_warnings("cache index set aside: .*cut short", "cache index rebuilt from sidecars: 1 images, 16")
     fill(path)
     database = path / "index" / "cache.db"
