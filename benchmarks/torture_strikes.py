@@ -28,6 +28,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+import machine
 from lazyimg_process import Mounted
 from torture_images import CLUSTER_BYTES, TorturedImage
 from torture_tally import Gate
@@ -209,10 +210,12 @@ class Torture:
         self._wait_replaced()
 
     def _kill_holder(self, chance: random.Random) -> None:
-        """Kill the holder, and maybe the daemon before or after it has started another."""
+        """Kill the holder, and maybe the daemon as soon as it has started another, or later."""
         self._count("holder killed")
         holder = _send("holder", signal.SIGKILL)
         if chance.random() < 0.3:
+            # Both at once are the end of a mount without systemd.
+            machine.wait_until(lambda: processes_of("holder") not in ([], [holder]), "another holder")
             time.sleep(chance.uniform(0, 1))
             self._count("daemon killed, after the holder")
             _send("daemon", signal.SIGKILL)

@@ -26,8 +26,9 @@ PREPARED = "X_LAZYIMG_PREPARED"
 GOES_ON = "X_LAZYIMG_GOES_ON"
 YIELDED = "X_LAZYIMG_YIELDED"
 FAILED = "X_LAZYIMG_FAILED"
-# What a holder orders; any other order is why there is no restart.
+# What a holder orders, and what one says that a daemon started; any other order is why there is no restart.
 DRAIN = "drain"
+TAKEN_UP = "taken up"
 
 # What every daemon needs, and every holder keeps.
 KEPT = ("fuse", "upper", "handles")

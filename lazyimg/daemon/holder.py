@@ -39,6 +39,7 @@ from lazyimg.daemon.handover import (
     KEPT,
     PREPARED,
     RESTART,
+    TAKEN_UP,
     YIELDED,
     ConfigSource,
     Handover,
@@ -152,6 +153,7 @@ class Holder:
                     for name, fd in self._kept.all().items():
                         notify(f"FDSTORE=1\nFDNAME={name}", [fd])
                     notify(f"MAINPID={os.getpid()}\nREADY=1")
+                    self._daemon.order(TAKEN_UP)
                 while self._exit_code is None:
                     self._run_once()
                 return self._exit_code

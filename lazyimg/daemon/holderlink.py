@@ -17,7 +17,7 @@ from dataclasses import replace
 import trio
 
 from lazyimg.daemon.fdstore import FdStore
-from lazyimg.daemon.handover import DRAIN, GOES_ON, RESTART, YIELDED, Handover
+from lazyimg.daemon.handover import DRAIN, GOES_ON, RESTART, TAKEN_UP, YIELDED, Handover
 from lazyimg.daemon.notify import notify, open_listener
 from lazyimg.daemon.session import Session
 from lazyimg.daemon.spawn import spawn
@@ -26,7 +26,8 @@ from lazyimg.errors import InUse, RestartRefused
 logger = logging.getLogger(__name__)
 
 ORDER_BYTES_MAX = 1 << 16
-# Pauses between holders that die at once.
+# Pauses between holders that die before they have taken the mount up.  While there is none a killed daemon is the end
+# of the mount, so one that had is replaced at once, however often that happens.
 HOLDER_PAUSE_MIN_S = 0.1
 HOLDER_PAUSE_MAX_S = 5.0
 # The holder gives up first, and says why.
@@ -51,14 +52,15 @@ class HolderLink:
         self._store = store
         self._session = session
         self._answers: trio.MemorySendChannel[str] | None = None
+        # The first one has started this daemon.
+        self._is_taken_up = True
 
     async def listen(self) -> None:
         """Do what the holder orders, and replace it when it dies, for ever."""
         pause_s = 0.0
         while True:
-            began_s = trio.current_time()
             await self._obey()
-            if trio.current_time() - began_s > HOLDER_PAUSE_MAX_S:
+            if self._is_taken_up:
                 pause_s = 0.0
             logger.error("the holder, process %d, died; starting another in %.1f s", self.holder_pid, pause_s)
             await trio.sleep(pause_s)
@@ -94,7 +96,9 @@ class HolderLink:
         """Do what is ordered until the holder dies."""
         orders = trio.socket.from_stdlib_socket(self._orders)
         while order := await _next(orders):
-            if order != DRAIN:
+            if order == TAKEN_UP:
+                self._is_taken_up = True
+            elif order != DRAIN:
                 self._answer(order)
             elif await self._is_drained():
                 if self._is_alone():
@@ -127,6 +131,7 @@ class HolderLink:
 
     def _start_holder(self) -> None:
         self._orders.close()
+        self._is_taken_up = False
         _reap(self.holder_pid)
         listener, address = open_listener()
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -174,6 +174,24 @@ def test_daemon_killed_as_soon_as_there_is_another_holder(
             assert os.pread(fd, 100, 0) == str(number).encode()
 
 
+def test_holder_that_has_taken_up_is_replaced_at_once(
+    make_mount: Callable[..., Mount], glance: ServedGlance
+) -> None:
+    """[I9] However often holders die: without one, the daemon's own death would be the end of the mount."""
+    mount = make_mount(glance)
+    holder_pid = mount.holder_pid
+    for count in range(1, 5):
+        os.kill(holder_pid, signal.SIGKILL)
+        wait_until(lambda old=holder_pid: mount.status()["holder_pid"] != old, "another holder")  # type: ignore[misc]
+        holder_pid = mount.status()["holder_pid"]
+        # It passes this on once it has taken up.
+        os.kill(holder_pid, signal.SIGUSR1)
+        wait_until(lambda count=count: mount.log().count("dump of daemon") == count, "the dump")  # type: ignore[misc]
+    assert mount.log().count("starting another in 0.0 s") == 4
+    os.kill(holder_pid, signal.SIGTERM)
+    wait_until(lambda: not is_mounted(mount.path), "the end")
+
+
 def test_sigterm_to_the_next_holder_unmounts(make_mount: Callable[..., Mount], glance: ServedGlance) -> None:
     """SIGTERM to a holder that the daemon started unmounts and ends both, as with the first."""
     mount = make_mount(glance)
