@@ -34,6 +34,7 @@ from lazyimg.image.view import StoredView
 from lazyimg.image.writer import Space, Writer
 from lazyimg.store.cachedir import CacheDir
 from lazyimg.store.chunkfile import ChunkFile
+from lazyimg.store.entry import ImageEntry
 
 MIB = 1 << 20
 # Uneven, so that pieces of a body never end where chunks do.
@@ -378,3 +379,10 @@ async def wait_until(condition: Callable[[], object]) -> None:
 def chunk_bytes(number: int, chunks: Sequence[int], size_bytes: int) -> dict[int, bytes]:
     """Return what `Fetcher.fetch` gives for these chunks."""
     return {c: content(number, c << 16, min((c + 1) << 16, size_bytes)) for c in chunks}
+
+
+def entry_of(catalog: Catalog, image: LazyImage) -> ImageEntry:
+    """Return what the index has of an image that it must have."""
+    entry = catalog.entry_of(image)
+    assert entry is not None
+    return entry

@@ -63,7 +63,7 @@ class FdStore:
                 raise OSError(errno.EMFILE, "too many open files; raise the daemon's limit (LimitNOFILE)")
             self._fds[name] = fd
         # The barrier: systemd drops what a process sent that ended before its message was looked at.
-        if notify(f"FDSTORE=1\nFDNAME={name}", [fd]):
+        if store(name, fd):
             barrier()
         return name
 
@@ -82,7 +82,12 @@ class FdStore:
         with self._lock:
             yield dict(itertools.islice(self._fds.items(), INHERITED_MAX))
             for name, fd in itertools.islice(self._fds.items(), INHERITED_MAX, None):
-                notify(f"FDSTORE=1\nFDNAME={name}", [fd])
+                store(name, fd)
+
+
+def store(name: str, fd: int) -> bool:
+    """Have whoever started this process keep a copy of a descriptor; False where nobody listens."""
+    return notify(f"FDSTORE=1\nFDNAME={name}", [fd])
 
 
 class KeptFds:

@@ -49,13 +49,13 @@ class Handles:
             self._words[slot] = inode
             self._words[slot + 1] = 1
 
-    def closed(self, inode: int) -> int:
-        """Count one handle less; return how many are left.  One that was never counted changes nothing."""
+    def closed(self, inode: int, count: int = 1) -> int:
+        """Count so many handles less; return how many are left.  Those that were never counted change nothing."""
         with self._lock:
             slot = self._slots.get(inode)
             if slot is None:
                 return 0
-            left = self._words[slot + 1] - 1
+            left = max(0, self._words[slot + 1] - count)
             self._words[slot + 1] = left
             if not left:
                 del self._slots[inode]

@@ -31,7 +31,7 @@ from pathlib import Path
 from lazyimg.config import Config
 from lazyimg.daemon import handles, handshake, mountpoint
 from lazyimg.daemon.daemonprocess import DaemonProcess
-from lazyimg.daemon.fdstore import KeptFds
+from lazyimg.daemon.fdstore import KeptFds, store
 from lazyimg.daemon.handover import (
     DRAIN,
     FAILED,
@@ -151,7 +151,7 @@ class Holder:
                     self._watch_daemon(self._daemon)
                     # Some were opened while there was no holder to pass them on; systemd knows which it has already.
                     for name, fd in self._kept.all().items():
-                        notify(f"FDSTORE=1\nFDNAME={name}", [fd])
+                        store(name, fd)
                     notify(f"MAINPID={os.getpid()}\nREADY=1")
                     self._daemon.order(TAKEN_UP)
                 while self._exit_code is None:
@@ -334,7 +334,7 @@ def _store_with_manager(fds: Mapping[str, int], handover: Handover) -> None:
     """Let systemd, where there is one, keep what its next start of this unit needs to take the mount up."""
     memory = handover.to_memory()
     for name, fd in {**fds, "handover": memory}.items():
-        notify(f"FDSTORE=1\nFDNAME={name}", [fd])
+        store(name, fd)
     os.close(memory)
 
 

@@ -122,18 +122,15 @@ class LazyFiles:
         image.opened()
         await self._catalog.used(image)
 
-    async def release(self, inode: int, count: int = 1) -> None:
+    async def release(self, inode: int, count: int) -> None:
         """Close so many handles."""
         is_known = self._catalog.key_of_inode(inode) is not None
         # Before the count goes down: an image not used yet since the last daemon takes its count from there.
         image = await self.image(inode) if is_known else None
-        for _ in range(count):
-            self._handles.closed(inode)
-        if image is None:
-            return
-        for _ in range(count):
-            image.closed()
-        await self._catalog.released(image)
+        self._handles.closed(inode, count)
+        if image is not None:
+            image.closed(count)
+            await self._catalog.released(image)
 
     async def change(self, inode: int, change: Change) -> pyfuse3.EntryAttributes:
         """Set the mtime, which sticks; the atime is not kept; all else is refused."""

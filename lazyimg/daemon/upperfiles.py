@@ -163,8 +163,7 @@ class UpperFiles:
     def release(self, inode: int, count: int = 1) -> None:
         """Take back so many handles."""
         with self._lock:
-            for _ in range(count):
-                self._handles.closed(inode)
+            self._handles.closed(inode, count)
             file = self._files.get(inode)
             unused = None if file is None else self._taken_if_unused(inode, file)
         self._close(inode, unused)

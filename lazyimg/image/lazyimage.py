@@ -149,9 +149,9 @@ class LazyImage:
         if self._released.is_set():
             self._released = trio.Event()
 
-    def closed(self) -> None:
-        """A handle was released; with the last one, nothing more is fetched ahead."""
-        self.open_handles = max(0, self.open_handles - 1)
+    def closed(self, count: int = 1) -> None:
+        """So many handles were released; with the last one, nothing more is fetched ahead."""
+        self.open_handles = max(0, self.open_handles - count)
         if not self.open_handles:
             self._released.set()
             self.fetcher.abandon_background()

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from kernel_marks import needs_resend
 from real_mount import Mount, lazyimg, read_direct, wait_until
 from served_glance import MIB, ServedGlance, ServedImage
 from store_images import damage
@@ -28,7 +29,6 @@ from lazyimg.demo.faults import FaultRule
 pytestmark = pytest.mark.slow
 
 CHUNK = 1 << 16
-KERNEL = tuple(map(int, os.uname().release.split(".")[:2]))
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_changed_chunk_is_fetched_again(stopped: tuple[Mount, ServedImage], glan
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.skipif(KERNEL < (6, 9), reason="Linux 6.9 is missing here: it sends requests again")
+@needs_resend
 def test_daemon_killed_while_the_kernel_is_to_forget_pages_is_replaced(
     make_mount: Callable[..., Mount], make_glance: Callable[..., ServedGlance]
 ) -> None:

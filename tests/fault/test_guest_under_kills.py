@@ -8,7 +8,6 @@ itself, its file system whole.
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import subprocess
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from kernel_marks import needs_resend
 from real_mount import Mount, wait_until
 from served_glance import ServedGlance
 
@@ -29,7 +29,6 @@ from lazyimg.demo.ramdisk import write_ramdisk
 
 pytestmark = pytest.mark.slow
 
-KERNEL = tuple(map(int, os.uname().release.split(".")[:2]))
 KILLS = 20
 RESTARTS = 5
 IMAGE_ID = "00000000-0000-4000-8000-000000000001"
@@ -121,7 +120,7 @@ def running(guest: Guest, mount: Mount, tmp_path: Path) -> Iterator[RunningGuest
     running.kill()
 
 
-@pytest.mark.skipif(KERNEL < (6, 9), reason="Linux 6.9 is missing here: it sends requests again")
+@needs_resend
 def test_guest_checks_its_files_across_twenty_kills(mount: Mount, running: RunningGuest) -> None:
     """[I9] SIGKILL of the daemon, twenty times under a guest's disk: the guest notices nothing."""
     chance = random.Random(20)

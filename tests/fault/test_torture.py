@@ -14,15 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kernel_marks import needs_resend
 
 pytestmark = pytest.mark.slow
 
 TORTURE = Path(__file__).parents[2] / "benchmarks" / "torture.py"
-KERNEL = tuple(map(int, os.uname().release.split(".")[:2]))
 MINUTES = 2
 
 
-@pytest.mark.skipif(KERNEL < (6, 9), reason="Linux 6.9 is missing here: it sends requests again")
+@needs_resend
 def test_nothing_is_lost_in_two_minutes_of_torture(mountable: None, require: Callable[..., None]) -> None:
     """[I1] [I9] Readers and writers that check every byte find none wrong while all else is struck at random."""
     require("unshare", "setpriv", "qemu-img", "qemu-io")

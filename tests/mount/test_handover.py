@@ -9,18 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kernel_marks import needs_resend
 from real_mount import Mount, is_mounted, is_running, lazyimg, opened, wait_until
 from served_glance import MIB, ServedGlance
 
-from lazyimg.core.kernel import can_resend
 from lazyimg.daemon.handles import Handles
 from lazyimg.demo.faults import FaultRule
 
 pytestmark = pytest.mark.slow
 
-needs_resend = pytest.mark.skipif(
-    not can_resend(os.uname().release), reason="Linux 6.9 is missing here: it sends requests again"
-)
 STEP = 96 << 10
 
 

@@ -13,10 +13,10 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+from kernel_marks import needs_resend
 from real_mount import Mount, is_mounted, is_running, lazyimg, wait_until
 from served_glance import MIB, ServedGlance
 
-from lazyimg.core.kernel import can_resend
 from lazyimg.daemon.notify import close_all, receive
 from lazyimg.demo.faults import FaultRule
 
@@ -124,9 +124,7 @@ def managed(make_mount: Callable[..., Mount], glance: ServedGlance) -> Iterator[
     manager.end()
 
 
-@pytest.mark.skipif(
-    not can_resend(os.uname().release), reason="Linux 6.9 is missing here: it sends requests again"
-)
+@needs_resend
 def test_mount_outlives_holder_and_daemon(managed: tuple[Manager, Mount], glance: ServedGlance) -> None:
     """[I9] Both killed at once, and started again with what systemd kept: reads that waited, and open files, go on."""
     manager, mount = managed

@@ -8,18 +8,13 @@ import time
 from collections.abc import Callable
 
 import pytest
+from kernel_marks import needs_resend
 from real_mount import Mount, children_of, is_mounted, is_running, lazyimg, read_direct, wait_until
 from served_glance import MIB, ServedGlance
 
 from lazyimg.demo.faults import FaultRule
 
 pytestmark = pytest.mark.slow
-
-KERNEL = tuple(int(part) for part in os.uname().release.split(".")[:2])
-# Below, what a dead daemon had taken is not sent again (facts of <linux/fuse.h>: FUSE_NOTIFY_RESEND).
-needs_resend = pytest.mark.skipif(
-    KERNEL < (6, 9), reason="Linux 6.9 is missing here: it sends requests again"
-)
 
 
 def new_daemon(mount: Mount, old_pid: int) -> int:

@@ -9,17 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from kernel_marks import needs_resend
 from real_mount import Mount, is_running, lazyimg, opened, read_direct, wait_until
 from served_glance import MIB, ServedGlance, ServedImage
 
-from lazyimg.core.kernel import can_resend
 from lazyimg.demo.faults import FaultRule
 
 pytestmark = pytest.mark.slow
 
-needs_resend = pytest.mark.skipif(
-    not can_resend(os.uname().release), reason="Linux 6.9 is missing here: it sends requests again"
-)
 STEP = 96 << 10
 
 

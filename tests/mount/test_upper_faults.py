@@ -12,12 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from kernel_marks import needs_resend
 from real_mount import Mount, wait_until
 from served_glance import MIB, ServedGlance
 
 pytestmark = pytest.mark.slow
-
-KERNEL = tuple(map(int, os.uname().release.split(".")[:2]))
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ def test_read_only_disk_says_so(small_disk: Path, mount_on: Callable[[], Mount])
     assert path.read_bytes() == b"content"
 
 
-@pytest.mark.skipif(KERNEL < (6, 9), reason="Linux 6.9 is missing here: it sends requests again")
+@needs_resend
 def test_writing_goes_on_under_the_next_daemon(
     make_mount: Callable[..., Mount], glance: ServedGlance
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import platform
 import re
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 from disks import as_raw, downloaded, info, made_as, qemu
+from kernel_marks import needs_resend
 from libvirt_host import Libvirt, VirshFailed, libvirtd
 from mount_fixtures import _watchdog, guest  # noqa: F401  (used by name)
 from nova_host import NOVA_GID, NOVA_UID, NovaHost, nova_host
@@ -27,7 +27,6 @@ from lazyimg.demo.ramdisk import write_ramdisk
 
 pytestmark = pytest.mark.slow
 
-KERNEL = tuple(map(int, platform.release().split(".")[:2]))
 SIZE = 2 * MIB
 NUMBER = 40
 WRITTEN_AT, WRITTEN = MIB + 512, b"the guest was here"
@@ -159,7 +158,7 @@ def owner_and_mode(path: Path) -> tuple[int, int, int]:
     return found.st_uid, found.st_gid, found.st_mode
 
 
-@pytest.mark.skipif(KERNEL < (6, 9), reason="Linux 6.9 is missing here: it sends requests again")
+@needs_resend
 def test_guest_reads_on_when_the_daemon_is_killed(hypervisor: Hypervisor, running: Path) -> None:
     """[I9] SIGKILL while the domain runs: neither the guest nor libvirt knows of an error.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import trio
-from image_fakes import MIB, ImageRig, Reply
+from image_fakes import MIB, ImageRig, Reply, entry_of
 from store_images import content
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -22,7 +22,6 @@ from lazyimg.image.hydrator import Hydrator
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.sourcecheck import AGAIN_S, LOOK_INTERVAL_S, SourceCheck
 from lazyimg.store.chunkfile import ChunkFile
-from lazyimg.store.entry import ImageEntry
 
 COUNT = 40
 SIZE_BYTES = COUNT * CHUNK
@@ -96,12 +95,6 @@ async def whole(rig: ImageRig, catalog: Catalog, size_bytes: int = SIZE_BYTES) -
         pass
     await image.commit()
     return image
-
-
-def entry_of(catalog: Catalog, image: LazyImage) -> ImageEntry:
-    entry = catalog.entry_of(image)
-    assert entry is not None
-    return entry
 
 
 # ── hydration ──

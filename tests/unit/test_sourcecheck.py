@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from image_fakes import ImageRig
+from image_fakes import ImageRig, entry_of
 from store_images import content, image_entry
 from trio.testing import MockClock
 
@@ -33,12 +33,6 @@ async def whole(rig: ImageRig, catalog: Catalog, number: int = 1, **changes: obj
     await rig.wait_written()
     await image.commit()
     return image
-
-
-def entry_of(catalog: Catalog, image: LazyImage) -> ImageEntry:
-    entry = catalog.entry_of(image)
-    assert entry is not None
-    return entry
 
 
 async def test_right_image_is_verified_once(rig: ImageRig, catalog: Catalog, mock_clock: MockClock) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
 import pytest
 import trio
+from store_images import image_entry
 from trio.testing import wait_all_tasks_blocked
 
-from lazyimg.core.identity import ImageRecord
 from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.states import States
 from lazyimg.store.entry import ImageEntry
@@ -54,17 +53,7 @@ def states(stored: Stored) -> States:
 
 @pytest.fixture
 def entry() -> ImageEntry:
-    record = ImageRecord(
-        id=str(uuid.UUID(int=1, version=4)),
-        name="an image",
-        status="active",
-        size_bytes=4096,
-        disk_format="raw",
-        container_format="bare",
-        checksum="0" * 32,
-        created_at="2026-01-01T00:00:00Z",
-    )
-    return ImageEntry(record, "raw", 4096, last_used_s=1.0)
+    return image_entry(1, 4096)
 
 
 async def test_dropped_image_is_not_brought_back(states: States, stored: Stored, entry: ImageEntry) -> None:
