@@ -31,6 +31,9 @@ FUSE_NOTIFY_RESEND = 7
 # The largest the kernel takes (u16); reads of absent chunks must never fill it up.
 MAX_BACKGROUND = 65535
 CONGESTION_THRESHOLD = 49152
+# Room for so much is kept in memory for each request in flight (requestbuffers.py).  Copies of 2 GiB took as long with
+# writes of 1 MiB, and twice as long with 128 KiB.
+WRITE_BYTES_MAX = 256 << 10
 # One INIT request and its answer are far below this.
 INIT_BYTES_MAX = 1 << 16
 # libfuse's read buffer wants at least FUSE_MIN_READ_BUFFER; the kernel refuses shorter reads with EINVAL.
@@ -39,7 +42,7 @@ ANSWER_TIMEOUT_S = 20
 
 _IN_HEADER = struct.Struct("<IIQQIIII")
 _OUT_HEADER = struct.Struct("<IiQ")
-_INIT_OUT = struct.Struct("<IIIIHH")
+_INIT_OUT = struct.Struct("<IIIIHHI")
 
 
 def read_init(fuse_fd: int) -> bytes:
@@ -92,7 +95,7 @@ def libfuse_answer(init_request: bytes) -> bytes:
 def amended(answer: bytes) -> bytes:
     """Return libfuse's answer with the mount's limits lifted and parallel lookups asked for."""
     body = bytearray(answer)
-    major, minor, readahead, flags, _, _ = _INIT_OUT.unpack_from(body, _OUT_HEADER.size)
+    major, minor, readahead, flags, _, _, write_bytes = _INIT_OUT.unpack_from(body, _OUT_HEADER.size)
     _INIT_OUT.pack_into(
         body,
         _OUT_HEADER.size,
@@ -102,6 +105,7 @@ def amended(answer: bytes) -> bytes:
         flags | FUSE_PARALLEL_DIROPS,
         MAX_BACKGROUND,
         CONGESTION_THRESHOLD,
+        min(write_bytes, WRITE_BYTES_MAX),
     )
     return bytes(body)
 
@@ -121,8 +125,11 @@ class Resumption:
     then goes to the kernel, which refuses a second one with ENOENT, and libfuse ignores that.
     """
 
-    def __init__(self, fuse_fd: int, init_request: bytes) -> None:
+    def __init__(self, fuse_fd: int, init_request: bytes, init_answer: bytes) -> None:
+        """init_answer: what the kernel was answered."""
         self._fuse_fd = fuse_fd
+        # The largest write that the kernel sends.
+        self.write_bytes_max: int = _INIT_OUT.unpack_from(init_answer, _OUT_HEADER.size)[6]
         feeder, session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         feeder.send(init_request)
         # Plain numbers: libfuse closes the session's, and a socket object would close that number once more.

@@ -75,7 +75,7 @@ def main() -> int:
         if handover.is_planned:
             handover = _prepared(handover)
         # Before the open files arrive: its descriptor has a small number then, which select(2) needs.
-        resumption = Resumption(fds["fuse"], handover.init_request)
+        resumption = Resumption(fds["fuse"], handover.init_request, handover.init_answer)
         orders = socket.socket(fileno=fds["orders"])
         stored = receive_all(orders)
         trio.run(_serve, handover, {name: fds[name] for name in KEPT}, resumption, orders, stored, log)
@@ -98,7 +98,9 @@ def _prepared(handover: Handover) -> Handover:
     for key in FIXED_KEYS:
         if getattr(config, key) != getattr(handover.config, key):
             raise RestartRefused(f"config key {key!r} cannot change while mounted; unmount and mount again")
-    if handshake.amended(handshake.libfuse_answer(handover.init_request)) != handover.init_answer:
+    answer = handshake.libfuse_answer(handover.init_request)
+    # Another release of lazyimg may have had other limits; those the kernel was told go on.
+    if handshake.amended(answer) != handshake.amended(handover.init_answer):
         raise RestartRefused("this libfuse answers the kernel otherwise; unmount and mount again")
     CacheDir.check(config.cache_dir)
     notify(f"{PREPARED}={config.model_dump_json()}")

@@ -16,6 +16,7 @@ import trio
 
 from lazyimg.daemon.handshake import Resumption
 from lazyimg.daemon.loop import Gate, quicken
+from lazyimg.daemon.requestbuffers import RequestBuffers
 from lazyimg.errors import RestartRefused
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ class Session:
             filesystem = make_filesystem(after_answers)
             pyfuse3.init(filesystem, self._resumption.mountpoint, set(pyfuse3.default_options))
             try:
-                self._gate = quicken(self._resumption.session_fd)
+                self._gate = quicken(
+                    self._resumption.session_fd, RequestBuffers(self._resumption.write_bytes_max)
+                )
                 task_status.started(filesystem)
                 self._can_resend = self._resumption.resend()
                 with self._scope:

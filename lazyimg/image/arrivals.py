@@ -28,7 +28,9 @@ DECODED_ON_LOOP_BYTES_MAX = 256 << 10
 # Decoded by one hop to a thread, unless a cluster alone is larger: of clusters that compress a hundredfold one
 # network read brings tens of MiB.
 DECODED_TOGETHER_BYTES_MAX = 1 << 20
-_ZEROS = bytes(CHUNK_SIZE_BYTES)
+# Copied, so that its pages are there: a read answered from memory that nobody ever wrote to fails if the daemon is
+# killed while the kernel takes the answer (daemon/requestbuffers.py).
+_ZEROS = bytes(bytearray(CHUNK_SIZE_BYTES))
 
 
 class Arrivals:

@@ -107,7 +107,15 @@ def test_writing_goes_on_under_the_next_daemon(
         try:
             for _ in range(5):
                 size_bytes = one.stat().st_size if one.exists() else 0
-                wait_until(lambda size=size_bytes: one.exists() and one.stat().st_size > size, "writing")
+                wait_until(
+                    lambda size=size_bytes: (
+                        any(writer.done() for writer in writers.values())
+                        or (one.exists() and one.stat().st_size > size)
+                    ),
+                    "writing",
+                )
+                # A write that failed says why.
+                assert [writer.result() for writer in writers.values() if writer.done()] == []
                 mount.kill_daemon()
                 wait_until(mount.is_ready, "the next daemon")
         finally:

@@ -15,6 +15,7 @@ from lazyimg.daemon.handshake import (
     FUSE_INIT,
     FUSE_PARALLEL_DIROPS,
     MAX_BACKGROUND,
+    WRITE_BYTES_MAX,
     Resumption,
 )
 from lazyimg.errors import MountFailed
@@ -26,6 +27,11 @@ UNIQUE = 2
 def init_request(opcode: int = FUSE_INIT) -> bytes:
     body = struct.pack("<IIII", 7, 39, 131072, 0x73FF_FFFB) + bytes(48)
     return struct.pack("<IIQQIIII", 40 + len(body), opcode, UNIQUE, 0, 0, 0, 0, 0) + body
+
+
+def init_answer(write_bytes_max: int = WRITE_BYTES_MAX) -> bytes:
+    body = struct.pack("<IIIIHHII", 7, 31, 131072, 0, 0, 0, write_bytes_max, 1) + bytes(36)
+    return struct.pack("<IiQ", 16 + len(body), 0, UNIQUE) + body
 
 
 def test_kernels_request_is_read() -> None:
@@ -59,12 +65,14 @@ def test_answer_is_libfuses_but_for_our_limits() -> None:
     amended = handshake.amended(answer)
     _, error, unique = struct.unpack_from("<IiQ", answer)
     assert (error, unique) == (0, UNIQUE)
-    before, after = (struct.unpack_from("<IIIIHH", one, 16) for one in (answer, amended))
+    before, after = (struct.unpack_from("<IIIIHHI", one, 16) for one in (answer, amended))
     assert after[:3] == before[:3]
     assert after[3] == before[3] | FUSE_PARALLEL_DIROPS
-    assert after[4:] == (MAX_BACKGROUND, CONGESTION_THRESHOLD)
+    assert after[4:] == (MAX_BACKGROUND, CONGESTION_THRESHOLD, WRITE_BYTES_MAX)
     assert amended[:16] == answer[:16]
-    assert amended[36:] == answer[36:]
+    assert amended[40:] == answer[40:]
+    # What a later daemon compares with what its own libfuse answers.
+    assert handshake.amended(amended) == amended
 
 
 def test_garbage_is_refused_by_libfuse() -> None:
@@ -77,7 +85,7 @@ def test_session_gets_init_and_then_the_mount() -> None:
     """libfuse first reads the kernel's old INIT; after the take-over its descriptor is the mount's."""
     kernel, fuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with kernel, fuse:
-        resumption = Resumption(fuse.fileno(), init_request())
+        resumption = Resumption(fuse.fileno(), init_request(), init_answer())
         assert resumption.mountpoint == f"/dev/fd/{resumption.session_fd}"
         assert os.read(resumption.session_fd, 1 << 20) == init_request()
         number = resumption.session_fd
@@ -90,9 +98,20 @@ def test_session_gets_init_and_then_the_mount() -> None:
         os.close(number)
 
 
+def test_mount_keeps_what_the_kernel_was_promised() -> None:
+    """A daemon of another release serves writes as large as the mount's first daemon allowed."""
+    kernel, fuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with kernel, fuse:
+        resumption = Resumption(fuse.fileno(), init_request(), init_answer(1 << 20))
+        assert resumption.write_bytes_max == 1 << 20
+        resumption.take_over()
+        os.close(resumption.session_fd)
+    assert handshake.amended(init_answer(1 << 20)) == handshake.amended(init_answer())
+
+
 def resend(fuse_fd: int) -> bool:
     """Take a mount over, ask for what was taken, and give the session up again."""
-    resumption = Resumption(fuse_fd, init_request())
+    resumption = Resumption(fuse_fd, init_request(), init_answer())
     try:
         resumption.take_over()
         return resumption.resend()

@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from lazyimg.daemon.loop import FAIRNESS_REQUESTS, TRIED_VERSIONS, Gate, quicken
+from lazyimg.daemon.requestbuffers import RequestBuffers
 
 
 class Requests:
@@ -51,7 +52,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[Requests]:
     made = Requests()
     monkeypatch.setattr(pyfuse3, "_wait_fuse_readable", made.wait)
     with made.ours, made.kernel:
-        gate = quicken(made.ours.fileno())
+        gate = quicken(made.ours.fileno(), RequestBuffers(1 << 18))
         assert gate is not None
         made.gate = gate
         yield made
@@ -109,7 +110,7 @@ def test_untried_pyfuse3_keeps_its_own_loop(monkeypatch: pytest.MonkeyPatch) -> 
     """A version that nobody tried is left as it is."""
     original = pyfuse3._wait_fuse_readable  # type: ignore[attr-defined]
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "99.0")
-    assert not quicken(0)
+    assert not quicken(0, RequestBuffers(1 << 18))
     assert pyfuse3._wait_fuse_readable is original  # type: ignore[attr-defined]
 
 
