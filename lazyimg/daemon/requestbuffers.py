@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 
 # libfuse's: FUSE_MAX_MAX_PAGES pages, and FUSE_BUFFER_HEADER_SIZE.
 BUFFER_BYTES = (256 << 12) + 4096
-# What precedes the bytes of a write; and all of any other request, whose names and links are at most a page each.
-HEADERS_BYTES = 3 << 12
-# So many tasks have room in memory for a write of the largest size, 67 MiB in all; those beyond have it for any
+# What precedes the bytes of a write; and all of any other request: two names of 255 bytes, or one and a link's target
+# of 4095, are the largest.
+HEADERS_BYTES = 5 << 10
+# So many tasks have room in memory for a write of the largest size, 8 MiB in all; those beyond have it for any
 # other request: a write that comes while so many requests wait can be failed by a kill.
-WHOLE_MAX = 256
+WHOLE_MAX = 32
 
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -51,7 +52,7 @@ class RequestBuffers:
         # Buffers come from the heap and a freed one stays in it: a mapping of its own would be fresh each time.  About
         # what the allocator comes to by itself once it has seen what the network brings.
         _libc.mallopt(_M_MMAP_THRESHOLD, 8 * BUFFER_BYTES)
-        _libc.mallopt(_M_TRIM_THRESHOLD, 16 * BUFFER_BYTES)
+        _libc.mallopt(_M_TRIM_THRESHOLD, 4 * BUFFER_BYTES)
         _libc.mallopt(_M_TOP_PAD, 2 * BUFFER_BYTES)
 
     def prepare(self) -> None:

@@ -25,7 +25,7 @@ READERS = 500
 IMAGE_BYTES = 5 * MIB // 2
 READ_BYTES = 128 << 10
 WRITE_BUFFER_BYTES = 16 * MIB
-# All reads together are 62 MiB, which one that kept what it brought would show; measured are 9 MiB, on 2 cores.
+# All reads together are 62 MiB, which one that kept what it brought would show; measured are 24 to 28 MiB, on 2 cores.
 MEMORY_BYTES_MAX = WRITE_BUFFER_BYTES + 32 * MIB
 
 

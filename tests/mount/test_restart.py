@@ -171,7 +171,16 @@ def test_daemon_of_another_libfuse_is_refused(
     mount = make_mount(glance, start=False)
     changed = launch_changed(mount, tmp_path / "changed")
     pid = mount.status()["daemon_pid"]
-    changed.write_text("import lazyimg.daemon.handshake as one\none.CONGESTION_THRESHOLD += 1\n")
+    # The flags of fuse_init_out, behind the fuse_out_header and three words.
+    changed.write_text(
+        "import lazyimg.daemon.handshake as one\n"
+        "own = one.libfuse_answer\n"
+        "def other(request):\n"
+        "    answer = bytearray(own(request))\n"
+        "    answer[28] ^= 1\n"
+        "    return bytes(answer)\n"
+        "one.libfuse_answer = other\n"
+    )
     result = lazyimg("restart", "--control", mount.control)
     assert (result.returncode, "this libfuse answers the kernel otherwise" in result.stderr) == (11, True), (
         result.stderr
