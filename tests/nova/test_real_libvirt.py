@@ -105,7 +105,11 @@ def wait_readings(instance: Path, count: int) -> None:
     """The guest reads all of its disk so many times more, and each time what it should."""
     before = len(readings(instance))
     # Of one that is under way the beginning may have been read earlier.
-    wait_until(lambda: len(readings(instance)) > before + count, "what the guest reads", GUEST_TIMEOUT_S)
+    try:
+        wait_until(lambda: len(readings(instance)) > before + count, "what the guest reads", GUEST_TIMEOUT_S)
+    except AssertionError as exc:
+        console = (instance / "console.log").read_text(errors="replace")
+        raise AssertionError(f"{exc}; its console ends:\n{console[-3000:]}") from exc
     assert set(readings(instance)) == {hashlib.sha256(guest_bytes()).hexdigest()}
 
 
