@@ -28,6 +28,7 @@ from lazyimg.image.lazyimage import LazyImage
 from lazyimg.image.pinned import PinnedSource
 from lazyimg.image.prefetcher import Prefetcher
 from lazyimg.image.slots import ByteBudget, FlightSlots
+from lazyimg.image.states import States
 from lazyimg.image.tablestore import TableStore
 from lazyimg.image.unstored import Unstored
 from lazyimg.image.view import StoredView
@@ -319,6 +320,7 @@ class ImageRig:
         return Catalog(
             self.glance,
             self.cache,
+            States(self.cache.index, self.disk, self.write_limiter, lambda entries: None),
             self,
             nursery or self.nursery,
             self.disk,

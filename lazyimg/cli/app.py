@@ -54,9 +54,13 @@ EndpointFlag = Annotated[
 CloudFlag = Annotated[
     str | None, typer.Option(metavar="NAME", help='Name in clouds.yaml, or "envvars" for OS_*.')
 ]
-CacheDirFlag = Annotated[Path | None, typer.Option(metavar="D", help="Where fetched bytes are kept.")]
+# `parser`: left to itself the command line's library stats each path, and hangs with the disk or the mount.
+CacheDirFlag = Annotated[
+    Path | None, typer.Option(metavar="D", parser=Path, help="Where fetched bytes are kept.")
+]
 BaseDirFlag = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="The mount [default: where the daemon says it is].")
+    Path | None,
+    typer.Option(metavar="DIR", parser=Path, help="The mount [default: where the daemon says it is]."),
 ]
 SizeFlag = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Size of the disk, such as 20G [default: the image's].")

@@ -27,6 +27,8 @@ ANSWER_BYTES_MAX = 64 << 20
 PROGRESS_LINE_BYTES_MAX = 64 << 10
 # The daemon answers at once or within its own limits; this one only ends a wait for a daemon that hangs.
 ANSWER_TIMEOUT_S = 300.0
+# Of what asks nobody and no disk.  One that was killed and hangs in its end does not answer, its successor does.
+STATUS_TIMEOUT_S = 20.0
 CONNECT_TIMEOUT_S = 10.0
 # The other daemon answers reads first and here half a second later; a busy machine may take long.
 OTHER_DAEMON_TIMEOUT_S = 60.0
@@ -46,7 +48,7 @@ class ControlClient:
 
     def status(self) -> dict[str, Any]:
         """Return the JSON object of `lazyimg status --json`."""
-        return self._ask("GET", "v1/status", None)
+        return self._object(self._body("GET", "v1/status", None, timeout_s=STATUS_TIMEOUT_S))
 
     def metrics(self) -> str:
         """Return the page that Prometheus reads."""
@@ -104,8 +106,10 @@ class ControlClient:
     def _ask(self, method: str, what: str, image: str | None) -> dict[str, Any]:
         return self._object(self._body(method, what, image))
 
-    def _body(self, method: str, what: str, image: str | None) -> bytes:
-        with self._response(method, what, image, timeout_s=ANSWER_TIMEOUT_S) as response:
+    def _body(
+        self, method: str, what: str, image: str | None, *, timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> bytes:
+        with self._response(method, what, image, timeout_s=timeout_s) as response:
             body = bytearray()
             for part in response.iter_raw():
                 body += part

@@ -80,17 +80,21 @@ async def serve_control(
     *,
     mode: int,
     group: str | None,
+    is_replaced: bool = False,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve the control socket at `path` until cancelled; started once it answers.
 
     Nobody reaches the socket before it has its group and mode.  A socket nobody answers on is replaced.
-    Raises InUse if a daemon answers there, or something else than a socket is there.
+    is_replaced: nor is one asked that may be a dying daemon's.  Raises InUse if a daemon answers there, or something
+    else than a socket is there.
     """
     from hypercorn.config import Config as ServerConfig
     from hypercorn.trio import serve
 
-    listener, own = await trio.to_thread.run_sync(partial(_listen, path, mode, group))
+    listener, own = await trio.to_thread.run_sync(
+        partial(_listen, path, mode, group, is_replaced=is_replaced)
+    )
     with closing(listener):
         config = ServerConfig()
         # hypercorn owns and closes the descriptor it is given.
@@ -109,7 +113,9 @@ async def serve_control(
             _unlink_if_own(path, own)
 
 
-def _listen(path: Path, mode: int, group: str | None) -> tuple[socket.socket, tuple[int, int]]:
+def _listen(
+    path: Path, mode: int, group: str | None, *, is_replaced: bool
+) -> tuple[socket.socket, tuple[int, int]]:
     """Return a listening socket that has appeared at `path`, and its device and inode number."""
     gid = -1 if group is None else _group_id(group)
     if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
@@ -130,7 +136,7 @@ def _listen(path: Path, mode: int, group: str | None) -> tuple[socket.socket, tu
             listener.listen(100)
             found = hidden.stat()
             with _folder_lock(path.parent):
-                _refuse_if_taken(path)
+                _refuse_if_taken(path, is_replaced=is_replaced)
                 hidden.rename(path)
         except BaseException:
             hidden.unlink(missing_ok=True)
@@ -170,13 +176,15 @@ def _refuse_open_folder(path: Path) -> None:
         )
 
 
-def _refuse_if_taken(path: Path) -> None:
+def _refuse_if_taken(path: Path, *, is_replaced: bool) -> None:
     try:
         is_socket = stat.S_ISSOCK(path.lstat().st_mode)
     except FileNotFoundError:
         return
     if not is_socket:
         raise InUse(f"control socket {path}: something else is there; remove it or give another --control")
+    if is_replaced:
+        return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:

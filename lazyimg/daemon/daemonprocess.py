@@ -1,6 +1,10 @@
 """One daemon as its holder sees it: a process, what it says, and what it can be told.
 
 A holder that takes over from a dead one is not the daemon's parent: it sees that it ended, not how.
+
+A daemon that is killed while a thread of it waits for a disk, or whose files wait for one to be closed, ends when that
+does, which may be never; its descriptors stay open until then.  It serves nobody any more: its main thread is ending,
+or has ended, which proc_pid_stat(5) shows.
 """
 
 from __future__ import annotations
@@ -8,7 +12,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from lazyimg.daemon.fdstore import send_all
 from lazyimg.daemon.handover import Handover
@@ -17,6 +23,11 @@ from lazyimg.daemon.spawn import spawn
 
 # A daemon reads its open files as soon as it runs; its imports take half a second.
 HAND_OVER_TIMEOUT_S = 20
+# The end of one whose disk answers takes less.
+ENDING_S = 1.0
+# Of the fields of proc_pid_stat(5) behind the command's name; and <linux/sched.h>.
+_FLAGS, _EXIT_CODE = 6, 49
+_PF_EXITING = 4
 
 
 class DaemonProcess:
@@ -31,6 +42,7 @@ class DaemonProcess:
         self.failure = ""
         # Another holder, of systemd's, has the mount.
         self.has_yielded = False
+        self._ending_since_s: float | None = None
         self._pid_fd = pid_fd
         self._orders = orders
 
@@ -93,7 +105,30 @@ class DaemonProcess:
         except ChildProcessError:
             return 0
 
+    def code_if_dying(self) -> int | None:
+        """Return how it ends, as `reap` does, if it has been ending for a while; None if not."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        if not int(fields[_FLAGS]) & _PF_EXITING:
+            return None
+        now_s = time.monotonic()
+        if self._ending_since_s is None:
+            self._ending_since_s = now_s
+        if now_s - self._ending_since_s < ENDING_S:
+            return None
+        return os.waitstatus_to_exitcode(int(fields[_EXIT_CODE]))
+
     def close(self) -> None:
         os.close(self._pid_fd)
         self.listener.close()
         self._orders.close()
+
+
+def is_reaped(pid: int) -> bool:
+    """Take note of a process that has ended at last, one that is not our child too."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True

@@ -5,9 +5,11 @@ count may be too high, never too low: it goes up before an open is answered and 
 the kernel sends again is counted again.  What a daemon killed at that very instant leaves too many, lostopens.py takes
 back.
 
-The memory file, written by one daemon at a time, is SLOTS_MAX times
+The memory file, written by one daemon at a time, begins with SLOTS_MAX times
 
     inode u64 | count u64         native byte order; a count of 0 is a free slot
+
+and goes on as lastentries.py says.
 
 A word is written in one store, so that a killed daemon leaves it old or new.
 """
@@ -22,13 +24,14 @@ import threading
 # Different files open at once; 1 MiB, of which only what is used takes memory.
 SLOTS_MAX = 1 << 16
 _WORDS = 2
+TABLE_BYTES = SLOTS_MAX * _WORDS * 8
 
 
 class Handles:
     """The counts in a memory file made by `make_table`, whose descriptor stays the caller's."""
 
     def __init__(self, fd: int) -> None:
-        self._words = memoryview(mmap.mmap(fd, SLOTS_MAX * _WORDS * 8)).cast("Q")
+        self._words = memoryview(mmap.mmap(fd, TABLE_BYTES)).cast("Q")
         words = self._words.tolist()
         self._slots = {words[i]: i for i in range(0, len(words), _WORDS) if words[i + 1]}
         self._free = [i for i in range(0, len(words), _WORDS) if not words[i + 1]]
@@ -77,5 +80,5 @@ class Handles:
 def make_table() -> int:
     """Return the descriptor of a memory file without any handle."""
     fd = os.memfd_create("lazyimg-handles")
-    os.ftruncate(fd, SLOTS_MAX * _WORDS * 8)
+    os.ftruncate(fd, TABLE_BYTES)
     return fd

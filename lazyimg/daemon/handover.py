@@ -51,7 +51,8 @@ class Handover:
     """What a daemon starts from.
 
     config: as the last daemon that became ready had it.  is_planned: read it anew, and wait for the last daemon
-    to end.  manager: $NOTIFY_SOCKET of whoever started the holder, or "".
+    to end.  is_last_dying: that has the cache's lock and the control socket still, and serves nobody.  manager:
+    $NOTIFY_SOCKET of whoever started the holder, or "".
     """
 
     config: Config
@@ -62,6 +63,7 @@ class Handover:
     holder_pid: int = 0
     manager: str = ""
     is_planned: bool = False
+    is_last_dying: bool = False
 
     def to_json(self) -> str:
         values = asdict(self) | {

@@ -21,16 +21,15 @@ import os
 import resource
 import selectors
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from lazyimg.config import Config
 from lazyimg.daemon import handles, handshake, mountpoint
-from lazyimg.daemon.daemonprocess import DaemonProcess
+from lazyimg.daemon.daemonprocess import DaemonProcess, is_reaped
 from lazyimg.daemon.fdstore import KeptFds, store
 from lazyimg.daemon.handover import (
     DRAIN,
@@ -45,7 +44,7 @@ from lazyimg.daemon.handover import (
     Handover,
 )
 from lazyimg.daemon.notify import notify, receive
-from lazyimg.daemon.spawn import SIGNALS, listened_fds, take_signals
+from lazyimg.daemon.spawn import SIGNALS, listened_fds, signals_as_bytes, take_signals
 from lazyimg.errors import LazyImgError
 from lazyimg.logs import set_up_logging
 
@@ -56,6 +55,8 @@ RESTART_PAUSE_MIN_S = 0.1
 RESTART_PAUSE_MAX_S = 5.0
 # A daemon that dies so soon after it was asked to unmount has not done it; one that refused has said so by then.
 ASKED_LATELY_S = 5.0
+# A daemon whose end hangs is looked for this often.
+LOOK_INTERVAL_S = 0.5
 
 
 def run_mount(config: Config, source: ConfigSource, where: Path) -> int:
@@ -124,6 +125,8 @@ class Holder:
         self._start_at_s: float | None = None
         self._give_up_at_s: float | None = None
         self._exit_code: int | None = None
+        # Processes of daemons that have ended but for a thread that waits for a disk.
+        self._dying: list[int] = []
         self._asked_to_end_at_s = float("-inf")
 
     @classmethod
@@ -142,7 +145,7 @@ class Holder:
     def run(self) -> int:
         """Keep a daemon running until one ends well, or the first one does not become ready."""
         try:
-            with _signals_as_bytes() as signals:
+            with signals_as_bytes() as signals:
                 take_signals(*SIGNALS)
                 self._watch(signals.fileno(), lambda: self._signalled(signals.recv(64)))
                 if self._daemon is None:
@@ -162,11 +165,12 @@ class Holder:
 
     def _run_once(self) -> None:
         times = [at_s for at_s in (self._start_at_s, self._give_up_at_s) if at_s is not None]
-        timeout_s = None if not times else max(0.0, min(times) - time.monotonic())
+        timeout_s = min([LOOK_INTERVAL_S, *(max(0.0, at_s - time.monotonic()) for at_s in times)])
         for key, _ in self._selector.select(timeout_s):
             # One that an earlier one of these has ended is not looked at, nor who has its number now.
             if self._selector.get_map().get(key.fd) is key:
                 key.data()
+        self._look_for_dying()
         now_s = time.monotonic()
         if self._start_at_s is not None and self._start_at_s <= now_s:
             self._start()
@@ -188,7 +192,8 @@ class Holder:
 
     def _start(self) -> None:
         self._start_at_s = None
-        self._daemon = DaemonProcess.start(self._fds, self._handover)
+        handover = replace(self._handover, is_last_dying=bool(self._dying))
+        self._daemon = DaemonProcess.start(self._fds, handover)
         self._watch_daemon(self._daemon)
         self._hand_over_to(self._daemon)
 
@@ -200,10 +205,18 @@ class Holder:
             logger.error("daemon %d did not take the open files: %s", daemon.pid, exc)
             daemon.kill()
 
-    def _ended(self, daemon: DaemonProcess) -> None:
+    def _look_for_dying(self) -> None:
+        for daemon in (self._daemon, self._next):
+            code = None if daemon is None else daemon.code_if_dying()
+            if daemon is not None and code is not None:
+                logger.error("daemon %d has ended, but for what hangs, on a disk most likely", daemon.pid)
+                self._dying.append(daemon.pid)
+                self._ended(daemon, code)
+        self._dying = [pid for pid in self._dying if not is_reaped(pid)]
+
+    def _ended(self, daemon: DaemonProcess, code: int) -> None:
         # What it said last comes before its end.
         self._notified(daemon)
-        code = daemon.reap()
         for fd in daemon.fds:
             self._selector.unregister(fd)
         daemon.close()
@@ -282,7 +295,7 @@ class Holder:
 
     def _watch_daemon(self, daemon: DaemonProcess) -> None:
         pid_fd, listener_fd = daemon.fds
-        self._watch(pid_fd, lambda: self._ended(daemon))
+        self._watch(pid_fd, lambda: self._ended(daemon, daemon.reap()))
         self._watch(listener_fd, lambda: self._notified(daemon))
 
     def _notified(self, daemon: DaemonProcess) -> None:
@@ -360,26 +373,6 @@ def _detach(where: Path) -> None:
     if mountpoint.mounted_type(where) == mountpoint.FILE_SYSTEM_TYPE:
         with contextlib.suppress(LazyImgError):
             mountpoint.detach(where)
-
-
-@contextlib.contextmanager
-def _signals_as_bytes() -> Iterator[socket.socket]:
-    """Catch SIGTERM, and SIGINT where a terminal has not sent it to the daemon too; give their numbers as bytes."""
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, _noted) for number in SIGNALS}
-    try:
-        with ours, theirs:
-            yield ours
-    finally:
-        signal.set_wakeup_fd(before)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _noted(_number: int, _frame: object) -> None:
-    """The wakeup descriptor has it already."""
 
 
 def _raise_read_ahead(where: Path, size_bytes: int) -> None:

@@ -22,6 +22,7 @@ from lazyimg.config import Config, host_and_port
 from lazyimg.core.pace import Pace
 from lazyimg.daemon import handshake, mountpoint
 from lazyimg.daemon.answers import Answers
+from lazyimg.daemon.cacheopening import CacheOpening
 from lazyimg.daemon.dump import dump_on_signal
 from lazyimg.daemon.fdstore import FdStore, receive_all, stored_file
 from lazyimg.daemon.filesystem import Filesystem
@@ -31,6 +32,7 @@ from lazyimg.daemon.handshake import Resumption
 from lazyimg.daemon.holderlink import HolderLink
 from lazyimg.daemon.inflight import StuckRequests
 from lazyimg.daemon.kernelpages import KernelPages
+from lazyimg.daemon.lastentries import LastEntries
 from lazyimg.daemon.lazyfiles import LazyFiles, parse_owner
 from lazyimg.daemon.notify import notify
 from lazyimg.daemon.session import Session
@@ -48,6 +50,7 @@ from lazyimg.image.recordwatch import RecordWatch
 from lazyimg.image.slots import ByteBudget, FlightSlots
 from lazyimg.image.sourcecheck import Source, SourceCheck
 from lazyimg.image.space import CacheSpace
+from lazyimg.image.states import States
 from lazyimg.image.unstored import Unstored
 from lazyimg.image.viewchange import refuse_change
 from lazyimg.logs import WINDOW_S, LimitedHandler, set_up_logging
@@ -128,11 +131,14 @@ async def _serve(
 ) -> None:
     """Serve the mount until it is unmounted, or another daemon shall have it."""
     config = handover.config
-    cache = CacheDir(config.cache_dir, files_max=config.open_files_max)
+    handles, last = Handles(fds["handles"]), LastEntries(fds["handles"])
+    opening = CacheOpening(config, last, handles, is_last_dying=handover.is_last_dying)
+    disk = opening.disk
+    async with disk.watched():
+        cache = await opening.open()
     try:
         refuse_change(cache.index.entries(), config.view)
         glance = make_glance(config, make_auth(config))
-        disk = DiskHealth(cache.path, cache.probe, timeout_s=config.disk_timeout)
         # What hydration fetches, what it is compared with, and what streams bring for nobody are paid for together.
         pace = Pace(config.hydrate_rate)
         shared = _make_shared(config, disk, pace)
@@ -143,7 +149,6 @@ async def _serve(
             size_max_bytes=config.cache_size_max,
             free_min_bytes=config.cache_free_min,
         )
-        handles = Handles(fds["handles"])
         store = FdStore(stored)
         session = Session(resumption, tasks_max=config.tasks_max, drain_timeout_s=config.restart_timeout)
         link = HolderLink(orders, handover, fds, store, session)
@@ -167,13 +172,17 @@ async def _serve(
                 forget_pages=pages.forget_nowait,
                 has_news=watch.wake,
             )
+            limiter = trio.CapacityLimiter(config.cache_write_threads)
+            states = States(cache.index, disk, limiter, last.keep)
+            last.keep(states.all())
             catalog = Catalog(
                 glance,
                 cache,
+                states,
                 maker,
                 nursery,
                 disk,
-                trio.CapacityLimiter(config.cache_write_threads),
+                limiter,
                 view=config.view,
                 lookup_timeout_s=config.lookup_timeout,
                 negative_ttl_s=config.negative_ttl,
@@ -204,6 +213,7 @@ async def _serve(
                 _serve_fuse, session, make_filesystem, nursery.cancel_scope
             )
             nursery.start_soon(_again_after_faults, link.listen)
+            nursery.start_soon(_again_after_faults, opening.return_when_back, link)
             nursery.start_soon(filesystem.lost_opens.look_into_all)
             # From here on the kernel can be told to forget what one of these finds wrong.
             nursery.start_soon(_again_after_faults, watch.run, catalog)
@@ -230,7 +240,7 @@ async def _serve(
                 mountpoint=handover.mountpoint,
                 view=config.view,
             )
-            await _start_control(answers, config, nursery)
+            await _start_control(answers, config, nursery, is_replaced=handover.is_last_dying)
             if config.metrics_listen is not None:
                 nursery.start_soon(_again_after_faults, _serve_metrics, answers, config.metrics_listen)
             notify("READY=1")
@@ -244,10 +254,12 @@ async def _serve(
                 await glance.aclose()
         if is_hanging:
             logger.warning("the cache disk hangs: ending without closing the cache")
+            opening.remove_stand_in()
             # Whatever closes a file there, and be it the interpreter's own end, would wait for the disk.
             os._exit(0)
     finally:
         cache.close()
+        opening.remove_stand_in()
 
 
 def _make_shared(config: Config, disk: DiskHealth, pace: Pace) -> Shared:
@@ -284,7 +296,9 @@ def _waiting_path(where: Path) -> Path:
     return Path("/sys/fs/fuse/connections", connection, "waiting")
 
 
-async def _start_control(answers: Answers, config: Config, nursery: trio.Nursery) -> None:
+async def _start_control(
+    answers: Answers, config: Config, nursery: trio.Nursery, *, is_replaced: bool
+) -> None:
     from lazyimg.control.server import serve_control
 
     async def serve(*, task_status: trio.TaskStatus[None]) -> None:
@@ -293,6 +307,7 @@ async def _start_control(answers: Answers, config: Config, nursery: trio.Nursery
             config.control,
             mode=int(config.control_mode, 8),
             group=config.control_group,
+            is_replaced=is_replaced,
             task_status=task_status,
         )
 

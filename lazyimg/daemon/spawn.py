@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 # sd_listen_fds(3): descriptors handed to a process begin here.
 LISTEN_FDS_START = 3
@@ -60,3 +62,23 @@ def listened_fds() -> dict[str, int]:
         os.set_inheritable(LISTEN_FDS_START + i, False)
         fds[name] = LISTEN_FDS_START + i
     return fds
+
+
+@contextlib.contextmanager
+def signals_as_bytes() -> Iterator[socket.socket]:
+    """Catch SIGTERM, and SIGINT where a terminal has not sent it to the daemon too; give their numbers as bytes."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, _noted) for number in SIGNALS}
+    try:
+        with ours, theirs:
+            yield ours
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _noted(_number: int, _frame: object) -> None:
+    """The wakeup descriptor has it already."""

@@ -49,6 +49,7 @@ class Catalog:
         self,
         glance: Records,
         cache: CacheDir,
+        states: States,
         maker: Maker,
         nursery: trio.Nursery,
         disk: DiskHealth,
@@ -75,7 +76,7 @@ class Catalog:
         self._link_targets: dict[int, str] = {}
         # By key, for as long as anybody holds one or waits for it.
         self._judging: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
-        self._states = States(cache.index, disk, limiter)
+        self._states = states
         for entry in sorted(self._states.all(), key=lambda entry: entry.last_used_s):
             # One whose judgement was cut short is judged anew when it is asked for.
             if entry.view == view and entry.state != JUDGING:
@@ -152,11 +153,8 @@ class Catalog:
             )
         if len(records) > 1:
             raise ImageNotFound(f"image {name!r}: {len(records)} images have that name; give an id")
-        return (
-            await self.find(next(iter(records)))
-            if records is known
-            else await self._present(next(iter(records.values())))
-        )
+        record = next(iter(records.values()))
+        return await (self.find(record.id) if records is known else self._present(record))
 
     # ── by inode and key ──
 

@@ -115,6 +115,11 @@ class DiskHealth:
             self._bypassed_bytes,
         )
 
+    def bypass(self, reason: str) -> None:
+        """Use the disk no more until a probe succeeds."""
+        with self._changing():
+            self._state.hung(self._clock(), reason)
+
     def note_bypassed(self, size_bytes: int) -> None:
         """So many bytes went to a guest past the disk."""
         self._bypassed_bytes += size_bytes

@@ -63,6 +63,7 @@ class Fetcher:
         read_timeout_s: float,
         retry_pause_max_s: float,
     ) -> None:
+        self.read_timeout_s = read_timeout_s
         self._image_id = image_id
         self._view = view
         self._glance = glance

@@ -14,7 +14,15 @@ import trio
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES, chunk_range, chunks_of
 from lazyimg.core.identity import ImageRecord
-from lazyimg.errors import ChunkAbsent, ChunkDamaged, ChunkUnreadable, LazyImgError
+from lazyimg.errors import (
+    ChunkAbsent,
+    ChunkDamaged,
+    ChunkUnreadable,
+    ImageChanged,
+    ImageForbidden,
+    ImageNotFound,
+    LazyImgError,
+)
 from lazyimg.image.diskhealth import DiskHealth
 from lazyimg.image.fetcher import Fetcher, FetchStatistics
 from lazyimg.image.prefetcher import Prefetcher
@@ -241,7 +249,13 @@ class LazyImage:
         """Return chunks that may be here and cannot be read; nothing if the disk comes back before Glance answers."""
         fetched: dict[int, bytes] = {}
         with self._disk.until_back():
-            fetched = await self.fetcher.fetch(chunks)
+            try:
+                fetched = await self.fetcher.fetch(chunks)
+            except (ImageNotFound, ImageForbidden, ImageChanged):
+                if not self._disk.may_read:
+                    # Nobody but the disk may have them.
+                    await trio.sleep(self.fetcher.read_timeout_s)
+                raise
             self._disk.note_bypassed(sum(map(len, fetched.values())))
         return fetched
 

@@ -1,6 +1,6 @@
 """How each image stands, and what is kept durably of that: its use here, and what Glance says of it.
 
-A change that the disk does not take holds all the same, and is stored when it can be.
+A change that the disk does not take holds all the same, is told the next daemon, and is stored when it can be.
 
 An image's state in the index is one of these; what is present of it is read in all but the first and the last:
 
@@ -72,9 +72,19 @@ def impose(image: LazyImage, state: str, reason: str) -> None:
 
 
 class States:
-    """The index's entries, changed one at a time."""
+    """The index's entries, changed one at a time.
 
-    def __init__(self, index: Index, disk: DiskHealth, limiter: trio.CapacityLimiter) -> None:
+    keep: is given all of them whenever one has changed, before the disk is asked to store it.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        disk: DiskHealth,
+        limiter: trio.CapacityLimiter,
+        keep: Callable[[list[ImageEntry]], None],
+    ) -> None:
+        self._keep = keep
         self._index = index
         self._disk = disk
         self._limiter = limiter
@@ -102,6 +112,7 @@ class States:
         async with self._changing:
             self._unsaved.pop(entry.key, None)
             await self._disk.write(self._index.put, entry, limiter=self._limiter)
+            self._keep(self.all())
 
     async def seen(
         self, entry: ImageEntry, image: LazyImage | None, seen: ImageRecord | LazyImgError
@@ -177,6 +188,7 @@ class States:
             if now is None:
                 return
             changed = self._unsaved[entry.key] = change(now)
+            self._keep(self.all())
             try:
                 await self._save(changed)
             except OSError as exc:

@@ -10,10 +10,10 @@ import pytest
 import trio
 from image_fakes import ImageRig, wait_until
 from store_images import content
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from lazyimg.core.chunks import CHUNK_SIZE_BYTES as CHUNK
-from lazyimg.errors import GlanceUnavailable, LookupUndecided
+from lazyimg.errors import GlanceUnavailable, ImageNotFound, LookupUndecided
 from lazyimg.image.lazyimage import LazyImage
 from lazyimg.store import fileio
 from lazyimg.store.chunkfile import ChunkFile
@@ -135,6 +135,52 @@ async def test_read_waits_for_glance_and_disk_at_once(
         await wait_all_tasks_blocked()
         assert rig.glance.ranges
         await disk.come_back()
+
+
+async def test_image_that_glance_has_lost_waits_for_the_disk(
+    rig: ImageRig, image: LazyImage, disk: HangingDisk, expected_warnings: Callable[..., None]
+) -> None:
+    """[I1] What Glance no longer has may be on a disk that hangs: a read of it waits for that, and ends well."""
+    expected_warnings("takes longer", "used on and watched")
+    image = await make_present(rig, image)
+    image.fetcher.refuse(ImageNotFound("gone"))
+    disk.hang()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read_all, image)
+        await disk.bypass()
+        await wait_all_tasks_blocked()
+        await disk.come_back()
+
+
+async def test_image_that_glance_has_lost_waits_no_longer_than_any(
+    rig: ImageRig,
+    image: LazyImage,
+    disk: HangingDisk,
+    mock_clock: MockClock,
+    expected_warnings: Callable[..., None],
+) -> None:
+    """If the disk does not come back within read_timeout, the read says that Glance does not have the image."""
+    expected_warnings("takes longer", "used on and watched")
+    image = await make_present(rig, image)
+    image.fetcher.refuse(ImageNotFound("gone"))
+    disk.hang()
+    errors: list[ImageNotFound] = []
+
+    async def read() -> None:
+        with pytest.raises(ImageNotFound, match="gone") as caught:
+            await read_all(image)
+        errors.append(caught.value)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await disk.bypass()
+        await wait_all_tasks_blocked()
+        mock_clock.jump(rig.read_timeout_s - 1)
+        await wait_all_tasks_blocked()
+        assert not errors
+        mock_clock.jump(1)
+    assert errors
+    await disk.come_back()
 
 
 async def test_what_came_meanwhile_is_stored_afterwards(

@@ -23,12 +23,20 @@ class Stored:
     may_write = True
 
     def __init__(self) -> None:
+        # What the next daemon would find, after each change.
+        self.kept: list[list[ImageEntry]] = []
         self.by_key: dict[str, ImageEntry] = {}
         self.go = trio.Event()
         self.go.set()
 
     def get(self, key: str) -> ImageEntry | None:
         return self.by_key.get(key)
+
+    def entries(self) -> list[ImageEntry]:
+        return list(self.by_key.values())
+
+    def keep(self, entries: list[ImageEntry]) -> None:
+        self.kept.append(entries)
 
     def put(self, entry: ImageEntry) -> None:
         self.by_key[entry.key] = entry
@@ -48,7 +56,7 @@ def stored() -> Stored:
 
 @pytest.fixture
 def states(stored: Stored) -> States:
-    return States(cast(Index, stored), cast(DiskHealth, stored), trio.CapacityLimiter(1))
+    return States(cast(Index, stored), cast(DiskHealth, stored), trio.CapacityLimiter(1), stored.keep)
 
 
 @pytest.fixture
@@ -63,6 +71,25 @@ async def test_dropped_image_is_not_brought_back(states: States, stored: Stored,
     await states.used(entry)
     await states.save()
     assert not stored.by_key
+
+
+async def test_next_daemon_is_told_before_the_disk(
+    states: States, stored: Stored, entry: ImageEntry, nursery: trio.Nursery
+) -> None:
+    """[I9] What a hanging disk has not noted is kept for the next daemon at once; a new image when it is stored."""
+    stored.go = trio.Event()
+    nursery.start_soon(states.add, entry)
+    await wait_all_tasks_blocked()
+    assert stored.kept == []
+    stored.go.set()
+    await wait_all_tasks_blocked()
+    assert stored.kept == [[entry]]
+    stored.go = trio.Event()
+    nursery.start_soon(lambda: states.mark(entry, state="quarantined", reason="damaged"))
+    await wait_all_tasks_blocked()
+    assert stored.by_key == {entry.key: entry}
+    assert stored.kept[-1] == [replace(entry, state="quarantined", reason="damaged")]
+    stored.go.set()
 
 
 async def test_image_found_again_while_the_last_one_is_noted(

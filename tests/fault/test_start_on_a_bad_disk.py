@@ -1,0 +1,174 @@
+"""A daemon that dies while its cache disk hangs, fails or is read-only: the next one serves guests all the same.
+
+Expected each time:
+
+    disk bad, daemon killed    the next is ready within disk_timeout and a moment, serves open files and names from
+                               Glance and says bypass; a read of what only the disk has waits
+    killed again               the same
+    disk back                  another daemon takes the mount, on its own; normal; read from the disk again
+    first daemon of a mount    refused with one line, as ever; nothing is left
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+from faulty_disk import CHANGES, LOOKS, SYNCS, FaultyDisk
+from kernel_marks import needs_resend
+from real_mount import Mount, is_mounted, lazyimg, opened, read_direct, wait_until
+from served_glance import MIB, ServedGlance, ServedImage
+
+pytestmark = pytest.mark.slow
+
+TIMEOUT_S = 2.0
+IMAGE_BYTES = 4 * MIB
+
+Strike = Callable[[FaultyDisk], None]
+STRIKES: dict[str, Strike] = {
+    "hangs": lambda disk: disk.strike(hang=True),
+    "fails": lambda disk: disk.strike(error=errno.EIO),
+    "read-only": lambda disk: disk.strike(*CHANGES, *SYNCS, error=errno.EROFS),
+    "full": lambda disk: disk.strike(*CHANGES, error=errno.ENOSPC),
+}
+
+
+@pytest.fixture
+def mount(faulty_disk: FaultyDisk, make_mount: Callable[..., Mount], glance: ServedGlance) -> Iterator[Mount]:
+    mount = make_mount(glance, cache_dir=faulty_disk.path / "cache", disk_timeout=TIMEOUT_S, read_timeout=60)
+    yield mount
+    # Before the mount is ended: a daemon with a hanging thread in it does not.
+    faulty_disk.heal()
+
+
+@pytest.fixture
+def whole(mount: Mount, glance: ServedGlance) -> ServedImage:
+    """An image that is wholly in the cache."""
+    image = glance.add(IMAGE_BYTES)
+    mount.fetch_all(image)
+    return image
+
+
+def check(mount: Mount, image: ServedImage, *megabytes: int) -> None:
+    """Read these parts of an image past the kernel's page cache."""
+    for at in megabytes:
+        start = at * MIB
+        assert read_direct(mount.path_of(image), start, MIB) == image.content[start : start + MIB]
+
+
+def wait_normal(mount: Mount, last_pid: int) -> None:
+    """Wait until another daemon than this has a disk that is well."""
+
+    def is_normal() -> bool:
+        status = mount.status()
+        return bool(status["daemon_pid"] != last_pid and status["disk_state"] == "normal")
+
+    def tried() -> bool:
+        # While one daemon ends and the other takes up, nobody answers.
+        with contextlib.suppress(Exception):
+            return is_normal()
+        return False
+
+    wait_until(tried, "a daemon that uses the cache again", 60)
+
+
+def stand_in(mount: Mount) -> bool:
+    return mount.control.with_name(f"{mount.control.name}.cache").exists()
+
+
+@needs_resend
+@pytest.mark.parametrize("strike", STRIKES.values(), ids=STRIKES)
+def test_killed_daemon_is_replaced_on_a_bad_disk(
+    strike: Strike, faulty_disk: FaultyDisk, mount: Mount, glance: ServedGlance, whole: ServedImage
+) -> None:
+    """[I9] Open files, names, times and the upper folder go on from Glance, twice; then the disk is used again."""
+    partly = glance.add(IMAGE_BYTES)
+    check(mount, partly, 0)
+    with opened(mount.path_of(whole), os.O_RDONLY | os.O_DIRECT) as fd:
+        strike(faulty_disk)
+        for second in (1_000_000, 2_000_000):
+            pid = mount.new_daemon(mount.kill_daemon())
+            status = mount.status()
+            assert status["disk_state"] == "bypass"
+            assert status["disk_error"]
+            assert os.pread(fd, 4096, 0) == whole.content[:4096]
+            check(mount, whole, *range(4))
+            check(mount, partly, *range(4))
+            assert sorted(os.listdir(mount.path)) == sorted(
+                name
+                for name in {whole.base_name, partly.base_name, "upper"}
+                if name != "upper" or second > 1_000_000
+            )
+            (mount.path / "upper").write_bytes(b"upper")
+            os.utime(mount.path_of(whole), (second, second))
+            assert stand_in(mount)
+        faulty_disk.heal()
+        wait_normal(mount, pid)
+        before = len(glance.data_requests(whole))
+        assert os.pread(fd, 4096, MIB) == whole.content[MIB : MIB + 4096]
+        check(mount, whole, *range(4))
+        assert len(glance.data_requests(whole)) == before
+        assert not stand_in(mount)
+    assert mount.path_of(whole).stat().st_mtime == 2_000_000
+    assert mount.status_of(whole)["open_handles"] == 0
+    assert lazyimg("verify", whole.id, "--control", mount.control).returncode == 0
+    assert "Traceback" not in mount.log()
+    assert mount.stop() == 0
+
+
+@needs_resend
+def test_what_only_the_disk_has_is_waited_for(
+    faulty_disk: FaultyDisk, mount: Mount, glance: ServedGlance, whole: ServedImage
+) -> None:
+    """[I1] An image that Glance has lost since is read when the disk is back, by a read that began before."""
+    check(mount, whole, 0)
+    glance.delete(whole)
+    wait_until(
+        lambda: lazyimg("prefetch", whole.id, "--control", mount.control) and gone(mount, whole), "gone"
+    )
+    with opened(mount.path_of(whole), os.O_RDONLY | os.O_DIRECT):
+        faulty_disk.strike(error=errno.EIO)
+        pid = mount.new_daemon(mount.kill_daemon())
+        read = mount.read_later(whole, MIB, 4096)
+        wait_until(lambda: mount.status()["reads_in_flight"], "the read")
+        assert mount.status()["disk_state"] == "bypass"
+        assert not read.done()
+        faulty_disk.heal()
+        assert read.result(60) == whole.content[MIB : MIB + 4096]
+        wait_normal(mount, pid)
+
+
+def gone(mount: Mount, image: ServedImage) -> bool:
+    return bool(mount.status_of(image)["state"] == "gone")
+
+
+@needs_resend
+def test_mount_is_ended_while_its_cache_is_away(
+    faulty_disk: FaultyDisk, mount: Mount, whole: ServedImage
+) -> None:
+    """[I9] What stands in for a cache that cannot be opened ends with the mount and leaves nothing behind."""
+    faulty_disk.strike(hang=True)
+    mount.new_daemon(mount.kill_daemon())
+    check(mount, whole, 0)
+    assert mount.stop() == 0
+    assert not is_mounted(mount.path)
+    assert not stand_in(mount)
+    faulty_disk.heal()
+    mount.start()
+    check(mount, whole, *range(4))
+
+
+def test_first_daemon_of_a_mount_needs_its_cache(
+    faulty_disk: FaultyDisk, mount: Mount, whole: ServedImage
+) -> None:
+    """[I6] `lazyimg mount` itself says within disk_timeout that the disk hangs, and leaves nothing mounted."""
+    assert mount.stop() == 0
+    faulty_disk.strike(*LOOKS, hang=True)
+    process = mount.launch()
+    assert process.wait(30) == 9
+    assert "takes longer" in mount.log() or "no answer" in mount.log()
+    assert not is_mounted(mount.path)
+    assert not stand_in(mount)
