@@ -127,8 +127,8 @@ class DaemonProcess:
 
 
 def is_reaped(pid: int) -> bool:
-    """Take note of a process that has ended at last, one that is not our child too."""
+    """True once a process has ended at last, of which note is taken if it is our child."""
     try:
         return os.waitpid(pid, os.WNOHANG)[0] == pid
     except ChildProcessError:
-        return True
+        return not Path(f"/proc/{pid}").exists()

@@ -14,13 +14,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from faulty_disk import CHANGES, LOOKS, SYNCS, FaultyDisk
 from kernel_marks import needs_resend
 from real_mount import Mount, is_mounted, lazyimg, opened, read_direct, wait_until
-from served_glance import MIB, ServedGlance, ServedImage
+from served_glance import MIB, ServedGlance, ServedImage, pattern
 
 pytestmark = pytest.mark.slow
 
@@ -117,6 +119,31 @@ def test_killed_daemon_is_replaced_on_a_bad_disk(
     assert lazyimg("verify", whole.id, "--control", mount.control).returncode == 0
     assert "Traceback" not in mount.log()
     assert mount.stop() == 0
+
+
+@needs_resend
+def test_decoded_image_goes_on_without_its_cache(
+    faulty_disk: FaultyDisk, mount: Mount, glance: ServedGlance, tmp_path: Path
+) -> None:
+    """[I9] A qcow2 image that is shown raw is decoded anew from Glance, its header and tables too."""
+    content = pattern(7, IMAGE_BYTES)
+    raw, packed = tmp_path / "raw", tmp_path / "qcow2"
+    raw.write_bytes(content)
+    subprocess.run(
+        ["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", str(raw), str(packed)],
+        check=True,
+        timeout=60,
+    )
+    image = glance.add(packed.read_bytes(), "qcow2")
+    with opened(mount.path_of(image), os.O_RDONLY | os.O_DIRECT) as fd:
+        assert os.pread(fd, MIB, 0) == content[:MIB]
+        faulty_disk.strike(error=errno.EIO)
+        pid = mount.new_daemon(mount.kill_daemon())
+        assert mount.status()["disk_state"] == "bypass"
+        assert os.pread(fd, IMAGE_BYTES, 0) == content
+        faulty_disk.heal()
+        wait_normal(mount, pid)
+        assert os.pread(fd, IMAGE_BYTES, 0) == content
 
 
 @needs_resend

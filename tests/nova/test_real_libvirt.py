@@ -307,7 +307,7 @@ def test_live_migration_copies_the_overlay_and_no_base(
     guest: Guest,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """From one libvirtd to another by Nova's own call, each host with a mount of its own at the same path.
+    """From one libvirtd to another by Nova's own call, each host with a mount of its own at the same path; paused.
 
     Expected: the guest reads on at the target, through the target's mount; what was copied is the overlay alone.
     """
@@ -329,8 +329,12 @@ def test_live_migration_copies_the_overlay_and_no_base(
         backing = host.base / base.name
         qemu("qemu-img", "create", "-f", "qcow2", "-F", "raw", "-b", backing, target_disk, size)
         with libvirtd(host.folder / f"libvirt-{TARGET}", "target", instances, host.instances) as target:
+            # Emulated, one that runs meanwhile may arrive with memory older than its registers: on a busy machine it
+            # was found idling with another process's name, and stuck.
+            source.virsh("suspend", instance.name)
             host.nova.live_migrate(uuid=instance.name, target=TARGET)
             assert instance.name not in source.virsh("list", "--all", "--uuid")
+            target.virsh("resume", instance.name)
             assert target.virsh("domstate", instance.name) == "running"
             wait_readings(there, 1)
             assert target.virsh("domblkerror", instance.name) == "No errors found"

@@ -44,7 +44,7 @@ def test_release_of_what_was_never_counted_is_harmless(table: int) -> None:
 
 def test_full_table_refuses_to_open(table: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """[I5] More different open files than there are slots are refused with ENFILE; a released slot is used again."""
-    monkeypatch.setattr(handles, "SLOTS_MAX", 3)
+    monkeypatch.setattr(handles, "TABLE_BYTES", 3 * 16)
     counts = Handles(table)
     for inode in (1, 2, 3, 3):
         counts.opened(inode)
