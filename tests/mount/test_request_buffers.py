@@ -21,6 +21,8 @@ pytestmark = pytest.mark.slow
 
 READS = 20
 READ_BYTES = 4096
+# In chunks of their own.
+APART_BYTES = MIB // 4
 # <linux/fuse.h>: fuse_in_header, up to the sender's pid, and the fuse_read_in behind it, up to its size.
 REQUEST = struct.Struct("<IIQQIIII" + "QQI")
 FUSE_READ = 15
@@ -78,14 +80,14 @@ def test_buffers_have_room_in_memory_for_a_write(
     meets that instant for certain.
     """
     glance = make_glance()
-    image = glance.add(2 * READS * MIB)
+    image = glance.add(8 * MIB)
     mount = make_mount(glance, read_timeout=150)
     path = mount.path_of(image)
     path.stat()
     glance.fail(FaultRule("stall", image_id=image.id, seconds=600))
     with ThreadPoolExecutor(READS) as pool:
         reads = [
-            pool.submit(read_direct, path, 2 * number * MIB + MIB, READ_BYTES) for number in range(READS)
+            pool.submit(read_direct, path, MIB + number * APART_BYTES, READ_BYTES) for number in range(READS)
         ]
         try:
             pid: int = mount.status()["daemon_pid"]
@@ -102,5 +104,5 @@ def test_buffers_have_room_in_memory_for_a_write(
         finally:
             glance.fail()
         for number, read in enumerate(reads):
-            start = 2 * number * MIB + MIB
+            start = MIB + number * APART_BYTES
             assert read.result(60) == image.content[start : start + READ_BYTES]
