@@ -113,6 +113,7 @@ class Holder:
             holder_pid=os.getpid(),
             manager=os.environ.get("NOTIFY_SOCKET", ""),
             is_planned=False,
+            is_last_dying=False,
         )
         self._selector = selectors.DefaultSelector()
         # The one that serves, and in a planned hand-over the one that shall.

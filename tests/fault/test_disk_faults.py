@@ -16,10 +16,11 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from bad_disk import DISK_TIMEOUT_S, IMAGE_BYTES, check
 from faulty_disk import CHANGES, SYNCS, FaultyDisk
 from real_mount import Mount, is_mounted, lazyimg, read_direct, wait_until
 from served_glance import MIB, ServedGlance, ServedImage
@@ -27,33 +28,8 @@ from served_glance import MIB, ServedGlance, ServedImage
 pytestmark = pytest.mark.slow
 
 CHUNK = 1 << 16
-TIMEOUT_S = 2.0
 # What a busy machine may add.
 GRACE_S = 5.0
-IMAGE_BYTES = 4 * MIB
-
-
-@pytest.fixture
-def mount(faulty_disk: FaultyDisk, make_mount: Callable[..., Mount], glance: ServedGlance) -> Iterator[Mount]:
-    mount = make_mount(glance, cache_dir=faulty_disk.path / "cache", disk_timeout=TIMEOUT_S, read_timeout=20)
-    yield mount
-    # Before the mount is ended: a daemon with a hanging thread in it does not.
-    faulty_disk.heal()
-
-
-@pytest.fixture
-def whole(mount: Mount, glance: ServedGlance) -> ServedImage:
-    """An image that is wholly in the cache."""
-    image = glance.add(IMAGE_BYTES)
-    mount.fetch_all(image)
-    return image
-
-
-def check(mount: Mount, image: ServedImage, *megabytes: int) -> None:
-    """Read these parts of an image past the kernel's page cache."""
-    for at in megabytes:
-        start = at * MIB
-        assert read_direct(mount.path_of(image), start, MIB) == image.content[start : start + MIB]
 
 
 def state(mount: Mount) -> str:
@@ -85,7 +61,7 @@ def test_hanging_disk_keeps_nobody_waiting(
         reads = [pool.submit(check, mount, image, at) for image in (whole, absent) for at in range(4)]
         for read in reads:
             read.result(60)
-    assert time.monotonic() - began_s < TIMEOUT_S + GRACE_S
+    assert time.monotonic() - began_s < DISK_TIMEOUT_S + GRACE_S
     assert asked(glance, whole) > before
     status = mount.status()
     assert status["disk_state"] == "bypass"
@@ -206,7 +182,9 @@ def test_bad_disk_without_glance_waits_for_either(
     """[I1] Disk and Glance are both away: reads wait; the disk's return ends that, else EIO after read_timeout."""
     glance = make_glance()
     image = glance.add(IMAGE_BYTES)
-    mount = make_mount(glance, cache_dir=faulty_disk.path / "cache", disk_timeout=TIMEOUT_S, read_timeout=6)
+    mount = make_mount(
+        glance, cache_dir=faulty_disk.path / "cache", disk_timeout=DISK_TIMEOUT_S, read_timeout=6
+    )
     try:
         mount.fetch_all(image)
         glance.stop()
@@ -234,9 +212,11 @@ def test_hanging_disk_does_not_keep_the_mount(
     check(mount, whole, 0)
     assert state(mount) == "bypass"
     mount.begin_stop()
-    wait_until(lambda: not is_mounted(mount.path), "the mount's end", 2 * TIMEOUT_S + GRACE_S)
+    wait_until(lambda: not is_mounted(mount.path), "the mount's end", 2 * DISK_TIMEOUT_S + GRACE_S)
     wait_until(
-        lambda: "ending without closing the cache" in mount.log(), "the daemon's end", 2 * TIMEOUT_S + GRACE_S
+        lambda: "ending without closing the cache" in mount.log(),
+        "the daemon's end",
+        2 * DISK_TIMEOUT_S + GRACE_S,
     )
     faulty_disk.heal()
     assert mount.wait_ended() == 0

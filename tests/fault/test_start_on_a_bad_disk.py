@@ -15,19 +15,24 @@ import contextlib
 import errno
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bad_disk import IMAGE_BYTES, check
 from faulty_disk import CHANGES, LOOKS, SYNCS, FaultyDisk
 from kernel_marks import needs_resend
-from real_mount import Mount, is_mounted, lazyimg, opened, read_direct, wait_until
+from real_mount import Mount, is_mounted, lazyimg, opened, wait_until
 from served_glance import MIB, ServedGlance, ServedImage, pattern
 
 pytestmark = pytest.mark.slow
 
-TIMEOUT_S = 2.0
-IMAGE_BYTES = 4 * MIB
+
+@pytest.fixture
+def read_timeout_s() -> int:
+    """Above the longest pause between two probes of the disk, and what a busy machine adds."""
+    return 60
+
 
 Strike = Callable[[FaultyDisk], None]
 STRIKES: dict[str, Strike] = {
@@ -36,29 +41,6 @@ STRIKES: dict[str, Strike] = {
     "read-only": lambda disk: disk.strike(*CHANGES, *SYNCS, error=errno.EROFS),
     "full": lambda disk: disk.strike(*CHANGES, error=errno.ENOSPC),
 }
-
-
-@pytest.fixture
-def mount(faulty_disk: FaultyDisk, make_mount: Callable[..., Mount], glance: ServedGlance) -> Iterator[Mount]:
-    mount = make_mount(glance, cache_dir=faulty_disk.path / "cache", disk_timeout=TIMEOUT_S, read_timeout=60)
-    yield mount
-    # Before the mount is ended: a daemon with a hanging thread in it does not.
-    faulty_disk.heal()
-
-
-@pytest.fixture
-def whole(mount: Mount, glance: ServedGlance) -> ServedImage:
-    """An image that is wholly in the cache."""
-    image = glance.add(IMAGE_BYTES)
-    mount.fetch_all(image)
-    return image
-
-
-def check(mount: Mount, image: ServedImage, *megabytes: int) -> None:
-    """Read these parts of an image past the kernel's page cache."""
-    for at in megabytes:
-        start = at * MIB
-        assert read_direct(mount.path_of(image), start, MIB) == image.content[start : start + MIB]
 
 
 def wait_normal(mount: Mount, last_pid: int) -> None:
